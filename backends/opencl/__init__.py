@@ -1,0 +1,211 @@
+"""The `opencl` backend: CPUs (Intel's runtime, PoCL) and whatever else has an OpenCL 1.2 driver, through PyOpenCL.
+
+One file per op beside its `.cl`; `runtimes.py` finds drivers, `device.py` chooses, `program.py` compiles and caches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...kernels.errors import BackendUnavailable, DeviceError
+from ...kernels.op import NUMPY_DTYPES, Signature, TensorType
+from ...kernels.quant import Array, Weight
+from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
+from ..checks import check_call, check_signature, check_transfer
+from ..replay import launch_list
+from .launch import Enqueue, Launches, OpKernel, ProgramSpec
+
+if TYPE_CHECKING:
+    from .device import OpenedDevice
+
+TILE_ROWS = 32  # rows of a packed tile, as formats.h says
+
+
+def _kernels() -> dict[str, OpKernel]:
+    from . import attention, gemm, pointwise, rope, rows, sample
+
+    modules = (gemm, attention, rope, rows, pointwise, sample)
+    return {kernel.op: kernel for module in modules for kernel in module.KERNELS}
+
+
+class OpenCLBackend:
+    """One OpenCL device with an in-order queue: launches run in the order they were enqueued."""
+
+    name = "opencl"
+    page_size = 16  # one block of keys of attention.cl
+
+    def __init__(self, opened: OpenedDevice, progress: Progress | None = None) -> None:
+        import pyopencl as cl
+
+        self._cl = cl
+        self._progress = progress
+        self._kernels = _kernels()
+        self._programs: dict[ProgramSpec, Any] = {}
+        self._scratch: dict[str, Any] = {}
+        self.opened = opened
+        info = opened.info
+        self.device = DeviceInfo(
+            info.label, info.vendor, info.driver, info.memory_bytes,
+            {"opencl_c": info.opencl_c, "type": info.type, "threads": opened.threads},
+        )  # fmt: skip
+
+    def supports(self, signature: Signature) -> Kernel | Unsupported:
+        found = check_signature(signature)
+        if isinstance(found, Unsupported):
+            return found
+        kernel = self._kernels.get(signature.op)
+        if kernel is None:
+            return Unsupported(signature.op, f"no OpenCL kernel for {signature.op} yet")
+        return Kernel(f"opencl.{kernel.programs(signature)[0].label}", kernel.numerics(signature))
+
+    def prepare(self, signatures: Sequence[Signature]) -> None:
+        """Build every program these calls need, in one child process if any is not in the cache yet."""
+        wanted = {spec for s in signatures if s.op in self._kernels for spec in self._kernels[s.op].programs(s)}
+        missing = sorted(wanted - self._programs.keys(), key=lambda spec: spec.label)
+        if not missing:
+            return
+        report = self._progress
+
+        def progress(label: str, done: int, total: int) -> None:
+            if report:
+                report("compile", done, total)
+
+        built = self.opened.build_many({spec.label: spec.source() for spec in missing}, progress=progress)
+        self._programs.update((spec, built[spec.label]) for spec in missing)
+
+    def alloc(self, kind: TensorType) -> Any:
+        return self._buffer(math.prod(kind.shape) * np.dtype(NUMPY_DTYPES[kind.dtype]).itemsize, str(kind))
+
+    def write(self, buffer: Any, array: Array, offset: int = 0) -> None:
+        check_transfer(buffer.size // array.itemsize, array.dtype, array.size, array.dtype, offset)
+        if array.size:
+            with self._errors("writing a buffer"):
+                self._cl.enqueue_copy(
+                    self.opened.queue, buffer, np.ascontiguousarray(array), dst_offset=offset * array.itemsize
+                )
+
+    def read(self, buffer: Any, kind: TensorType, offset: int = 0) -> Array:
+        array = np.empty(kind.shape, NUMPY_DTYPES[kind.dtype])
+        check_transfer(buffer.size // array.itemsize, array.dtype, array.size, array.dtype, offset)
+        if array.size:
+            with self._errors("reading a buffer"):
+                self._cl.enqueue_copy(self.opened.queue, array, buffer, src_offset=offset * array.itemsize)
+        return array
+
+    def pack(self, weight: Weight) -> Any:
+        """Tiles of 32 rows, words of the rows' blocks transposed (formats.h); as many bytes as in the file."""
+        unit = np.dtype(np.uint32 if weight.format.name == "F32" else np.uint16)
+        rows, row_bytes = weight.data.shape
+        words = row_bytes // unit.itemsize
+        tiles = -(-rows // TILE_ROWS)
+        buffer = self._buffer(tiles * TILE_ROWS * row_bytes, f"{weight.format.name} {list(weight.shape)}")
+        whole = rows // TILE_ROWS
+        with self._errors("packing a weight"):
+            flags = self._cl.map_flags.WRITE
+            packed, _ = self._cl.enqueue_map_buffer(
+                self.opened.queue, buffer, flags, 0, (tiles, words, TILE_ROWS), unit
+            )
+            source = weight.data.view(unit)
+            packed[:whole] = source[: whole * TILE_ROWS].reshape(whole, TILE_ROWS, words).transpose(0, 2, 1)
+            if whole < tiles:
+                packed[whole:] = 0
+                packed[whole, :, : rows - whole * TILE_ROWS] = source[whole * TILE_ROWS :].T
+            packed.base.release(self.opened.queue)
+        return buffer
+
+    def bind(self, call: BoundCall) -> Launch:
+        op = check_call(call)
+        call = BoundCall(call.op, call.tensors, op.with_defaults(call.attrs), call.label)
+        kernel = self._kernels[call.op]
+        self.prepare([call.signature])
+        with self._errors(f"binding {call.label or call.op}"):
+            return Launches(tuple(kernel.bind(self, call)))
+
+    def capture(self, launches: Sequence[Launch]) -> Launch:
+        flat: list[Launch] = []
+        for launch in launches:
+            flat.extend(launch.parts if isinstance(launch, Launches) else [launch])
+        replay, errors = launch_list(flat), self._errors
+
+        def run() -> None:
+            with errors("running a step"):
+                replay()
+
+        return run
+
+    def synchronize(self) -> None:
+        with self._errors("waiting for the device"):
+            self.opened.queue.finish()
+
+    def close(self) -> None:
+        self.opened.close()
+        self._programs.clear()
+        self._scratch.clear()
+
+    # What the op files use
+
+    def scratch(self, name: str, nbytes: int) -> Any:
+        """Device memory that holds nothing between launches; shared by all calls, since they run one after another."""
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.size < nbytes:
+            buffer = self._scratch[name] = self._buffer(nbytes, f"scratch {name}")
+        return buffer
+
+    def enqueue(
+        self, spec: ProgramSpec, name: str, size: tuple[int, ...], local: tuple[int, ...] | None, *args: Any
+    ) -> Enqueue:
+        """A launch of kernel `name` with its arguments set. Each has a kernel object of its own, so they stay set."""
+        kernel = self._cl.Kernel(self._programs[spec], name)
+        kernel.set_args(*args)
+        return Enqueue(self.opened.queue, kernel, size, local, self._cl.enqueue_nd_range_kernel, args)
+
+    def _buffer(self, nbytes: int, what: str) -> Any:
+        info = self.opened.info
+        if nbytes > self.opened.device.max_mem_alloc_size:
+            limit = self.opened.device.max_mem_alloc_size
+            raise DeviceError(f"{what} needs {nbytes} bytes in one buffer; {info.label} allows {limit}")
+        with self._errors(f"allocating {nbytes} bytes for {what}"):
+            return self._cl.Buffer(self.opened.context, self._cl.mem_flags.READ_WRITE, max(1, nbytes))
+
+    @staticmethod
+    def _errors(what: str) -> Any:
+        from .device import named_errors
+
+        return named_errors(what)
+
+
+class OpenCLProvider:
+    """Devices through PyOpenCL, imported when they are asked for."""
+
+    spi_version = SPI_VERSION
+    order: int | None = 20
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        from .device import list_devices
+
+        return [
+            DeviceInfo(d.label, d.vendor, d.driver, d.memory_bytes, {"opencl_c": d.opencl_c, "type": d.type})
+            for d in list_devices()
+        ]
+
+    def open(self, options: OpenOptions) -> OpenCLBackend:
+        from .device import open_device
+
+        return OpenCLBackend(open_device(options.device, options.threads), options.progress)
+
+    def describe(self) -> Mapping[str, Any]:
+        from . import cache, runtimes
+
+        report: dict[str, Any] = {"runtimes": runtimes.describe(), "cache": cache.cache_info()}
+        try:
+            report["devices"] = [device.name for device in self.devices()]
+        except BackendUnavailable as error:
+            report["devices"] = str(error)
+        return report
+
+
+provider = OpenCLProvider()

@@ -1,0 +1,199 @@
+"""gemm and the ops fused with it: norm before it, residual or GLU after it.
+
+Up to GEMV_ROWS rows of x go through `gemv` (weights read once per row, activations in int8 when `fast`), more through
+`gemm` (weights turned into floats once per 128 of K and used for all rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...kernels.op import Numerics, Signature
+from ...kernels.quant import FORMATS, QuantFormat
+from ...kernels.spi import BoundCall, DeviceTensor
+from .launch import ERF_ULP, FUNCTION_ULP, Enqueue, OpKernel, ProgramSpec, place, start
+
+if TYPE_CHECKING:
+    from . import OpenCLBackend
+
+GEMV_ROWS = 4
+# Work-groups per compute unit: enough that a core that is late (another process, a slow page) is evened out.
+GROUPS_PER_UNIT = 8
+ADD, BIASED = 1, 2  # flags of gemm.cl
+GLU_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
+POINTWISE = ProgramSpec(("pointwise.cl",))
+RMS_NORM = ProgramSpec(("lanes.h", "rms_norm.cl"))
+
+
+def _weight(signature: Signature) -> tuple[QuantFormat, int, int]:
+    """Format, out_features and in_features of the weight (of the gate, where there are two)."""
+    kind = signature.tensors["w" if "w" in signature.tensors else "w_gate"]
+    return FORMATS[kind.dtype], kind.shape[0], kind.shape[1]
+
+
+def _is_int8(signature: Signature) -> bool:
+    fmt = _weight(signature)[0]
+    rows = signature.tensors["x"].shape[0]
+    return signature.attrs["precision"] == "fast" and not fmt.is_float and rows <= GEMV_ROWS
+
+
+def _halves(signature: Signature) -> list[Signature]:
+    """Gate and up as two `rms_norm_gemm` where their formats differ (`gemv_glu` and `gemm_glu` read one); else none."""
+    tensors, attrs = signature.tensors, signature.attrs
+    if "w_up" not in tensors or tensors["w_up"].dtype == tensors["w_gate"].dtype:
+        return []
+    shared = {name: tensors[name] for name in ("x", "weight", "y")}
+    kept = {name: attrs[name] for name in ("eps", "weight_offset", "precision")}
+    return [Signature("rms_norm_gemm", {**shared, "w": tensors[w]}, kept) for w in ("w_gate", "w_up")]
+
+
+def gemm_program(signature: Signature) -> ProgramSpec:
+    fmt = _weight(signature)[0]
+    fast = ("FAST",) if signature.attrs["precision"] == "fast" and not fmt.is_float else ()
+    return ProgramSpec(("lanes.h", "formats.h", "gemm.cl"), (f"FORMAT_{fmt.name}", *fast))
+
+
+def programs(signature: Signature) -> list[ProgramSpec]:
+    halves = _halves(signature)
+    if halves:
+        return [*(spec for half in halves for spec in programs(half)), POINTWISE]
+    is_normed = "weight" in signature.tensors and signature.tensors["x"].shape[0] > GEMV_ROWS
+    return [gemm_program(signature), *([RMS_NORM] if is_normed else [])]
+
+
+def numerics(signature: Signature) -> Numerics:
+    ulp = ERF_ULP if signature.attrs.get("kind") == "gelu_erf" else FUNCTION_ULP
+    halves = [numerics(half) for half in _halves(signature)]
+    if halves:
+        activations = "int8" if any(half.activations == "int8" for half in halves) else "f32"
+        return Numerics("f32", max(half.depth for half in halves), activations, ulp)
+    fmt, _, k = _weight(signature)
+    norm = k // 16 + 20 if "weight" in signature.tensors else 0
+    if _is_int8(signature):  # sums of a group are exact integers; two additions per group and the sum of a block
+        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp)
+    if signature.tensors["x"].shape[0] <= GEMV_ROWS:
+        chain = k // 2 + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
+        return Numerics("f32", max(norm, chain), "f32", ulp)
+    return Numerics("f32", max(norm, k + k // 128 + 2), "f32", ulp)
+
+
+def bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
+    signature = call.signature
+    rows, k = call.tensors["x"].shape
+    halves = _halves(signature)
+    if halves:
+        return _bind_halves(backend, call, halves)
+    return _bind_gemv(backend, call, signature) if rows <= GEMV_ROWS else _bind_gemm(backend, call, signature, rows, k)
+
+
+def _norm(call: BoundCall) -> tuple[Any, ...]:
+    """Buffer and offset of the norm's weight (any buffer where there is no norm), eps, weight_offset."""
+    tensor = call.tensors.get("weight", call.tensors["x"])
+    eps, offset = call.attrs.get("eps", 0.0), call.attrs.get("weight_offset", 0.0)
+    return (*start(tensor), np.float32(eps), np.float32(offset))
+
+
+def _epilogue(call: BoundCall) -> tuple[tuple[Any, ...], np.int32]:
+    """Buffer and offset of the bias (any buffer where there is none), and the flags."""
+    bias = call.tensors.get("bias")
+    flags = (ADD if call.op == "gemm_add" else 0) | (BIASED if bias else 0)
+    return start(bias or call.tensors["y"]), np.int32(flags)
+
+
+def _bind_gemv(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
+    _, n, k = _weight(signature)
+    x, y = call.tensors["x"], call.tensors["y"]
+    rows, tiles = x.shape[0], -(-n // 32)
+    chunk = -(-tiles // (GROUPS_PER_UNIT * backend.opened.threads))
+    size = (-(-tiles // chunk), rows)
+    weight, weight_start, eps, offset = _norm(call)
+    room = backend.scratch("room", size[0] * rows * (k + 2 * (k // 32)) * 4)
+    source = (*place(x), weight, weight_start, eps, offset, np.int32("weight" in call.tensors), room)
+    dims = (np.int32(n), np.int32(k), np.int32(chunk))
+    program = gemm_program(signature)
+    if "w_gate" in call.tensors:
+        gate, up = call.tensors["w_gate"].buffer, call.tensors["w_up"].buffer
+        args = (gate, up, *source, *place(y), *dims, np.int32(GLU_KINDS[call.attrs["kind"]]))
+        return [backend.enqueue(program, "gemv_glu", size, (1, 1), *args)]
+    bias, flags = _epilogue(call)
+    args = (call.tensors["w"].buffer, *source, *bias, *place(y), *dims, flags)
+    return [backend.enqueue(program, "gemv", size, (1, 1), *args)]
+
+
+def _bind_halves(backend: OpenCLBackend, call: BoundCall, halves: list[Signature]) -> list[Enqueue]:
+    y, launches, outputs = call.tensors["y"], list[Enqueue](), list[DeviceTensor]()
+    for half, name in zip(halves, ("w_gate", "w_up"), strict=True):
+        rows, n = y.shape
+        out = DeviceTensor(backend.scratch(name, rows * n * 4), y.shape, y.dtype, 0, n)
+        tensors = {"x": call.tensors["x"], "weight": call.tensors["weight"], "w": call.tensors[name], "y": out}
+        launches.extend(bind(backend, BoundCall(half.op, tensors, half.attrs, call.label)))
+        outputs.append(out)
+    kind = np.int32(GLU_KINDS[call.attrs["kind"]])
+    args = (*place(outputs[0]), *place(outputs[1]), *place(y), kind)
+    return [*launches, backend.enqueue(POINTWISE, "glu", y.shape[::-1], None, *args)]
+
+
+def _bind_gemm(backend: OpenCLBackend, call: BoundCall, signature: Signature, rows: int, k: int) -> list[Enqueue]:
+    n = _weight(signature)[1]
+    y, program, launches = call.tensors["y"], gemm_program(signature), list[Enqueue]()
+    x = place(call.tensors["x"])
+    if "weight" in call.tensors:
+        normed = backend.scratch("normed", rows * k * 4)
+        weight, weight_start, eps, offset = _norm(call)
+        launches.append(
+            backend.enqueue(
+                RMS_NORM,
+                "rms_norm",
+                (rows,),
+                (1,),
+                *x,
+                weight,
+                weight_start,
+                normed,
+                np.int64(0),
+                np.int64(k),
+                np.int32(k),
+                eps,
+                offset,
+            )
+        )
+        x = (normed, np.int64(0), np.int64(k))
+    tiles = -(-n // 32)
+    has_glu = "w_gate" in call.tensors
+    sums = backend.scratch("sums", tiles * rows * 32 * 4 * (2 if has_glu else 1))
+    dims = (np.int32(rows), np.int32(n), np.int32(k))
+    if has_glu:
+        gate, up = call.tensors["w_gate"].buffer, call.tensors["w_up"].buffer
+        kind = np.int32(GLU_KINDS[call.attrs["kind"]])
+        args = (gate, up, *x, *place(y), sums, *dims, kind)
+    else:
+        bias, flags = _epilogue(call)
+        args = (call.tensors["w"].buffer, *x, *bias, *place(y), sums, *dims, flags)
+    launches.append(backend.enqueue(program, "gemm_glu" if has_glu else "gemm", (tiles,), (1,), *args))
+    return launches
+
+
+def _rms_norm_programs(signature: Signature) -> Sequence[ProgramSpec]:
+    return [RMS_NORM]
+
+
+def _bind_rms_norm(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
+    x, weight, y = (call.tensors[name] for name in ("x", "weight", "y"))
+    numbers = (np.float32(call.attrs["eps"]), np.float32(call.attrs["weight_offset"]))
+    args = (*place(x), *start(weight), *place(y), np.int32(x.shape[1]), *numbers)
+    return [backend.enqueue(RMS_NORM, "rms_norm", (x.shape[0],), (1,), *args)]
+
+
+KERNELS = [
+    *(OpKernel(op, programs, numerics, bind) for op in ("gemm", "rms_norm_gemm", "gemm_add")),
+    OpKernel("rms_norm_gemm_glu", programs, numerics, bind),
+    OpKernel(
+        "rms_norm",
+        _rms_norm_programs,
+        lambda signature: Numerics("f32", signature.tensors["x"].shape[1] // 16 + 20, "f32", FUNCTION_ULP),
+        _bind_rms_norm,
+    ),
+]

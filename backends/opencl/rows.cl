@@ -1,0 +1,50 @@
+// embedding and dequantize: rows of a packed weight (formats.h) as floats.
+
+#ifdef IS_FLOAT
+#define BLOCK 1
+#define GROUP 1
+#endif
+
+// The 32 rows of a tile at weights group * GROUP .. + GROUP, as slice[k, row].
+inline void unpack_group(const __global ushort *p, int group, float *slice) {
+#ifdef IS_FLOAT
+  vstore16(FLOATS(group, 0), 0, slice);
+  vstore16(FLOATS(group, 1), 1, slice);
+#else
+  p += (size_t)(group * GROUP / BLOCK) * WORDS * 32;
+  const int g = group * GROUP % BLOCK / GROUP;
+  const float16 da = SCALE(0, g), db = SCALE(1, g), ma = MIN(0, g), mb = MIN(1, g);
+#define KEEP(k, qa, qb)                                          \
+  vstore16(fma(convert_float16(qa), da, ma), 2 * (k), slice);    \
+  vstore16(fma(convert_float16(qb), db, mb), 2 * (k) + 1, slice);
+  EACH(g, KEEP, )
+#endif
+}
+
+#define TILE_AT(t) (w + (size_t)(t)*WORDS * 32 * (K / BLOCK))
+
+// Global size (groups of K, tokens).
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void embedding(
+    __global const int *token_ids, long ids_offset, __global const ushort *w, __global float *y, long y_offset,
+    long y_stride, int V, int K, float scale) {
+  const int group = get_group_id(0), t = get_group_id(1), id = token_ids[ids_offset + t];
+  y += y_offset + t * y_stride + group * GROUP;
+  if (id < 0 || id >= V) {
+    for (int k = 0; k < GROUP; k++) y[k] = 0.0f;
+    return;
+  }
+  float slice[GROUP * 32];
+  unpack_group(TILE_AT(id / 32), group, slice);
+  for (int k = 0; k < GROUP; k++) y[k] = slice[k * 32 + id % 32] * scale;
+}
+
+// Global size (groups of K, tiles).
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void dequantize(__global const ushort *w, __global float *y,
+                                                                        long y_offset, long y_stride, int N, int K) {
+  const int group = get_group_id(0), tile = get_group_id(1);
+  float slice[GROUP * 32];
+  unpack_group(TILE_AT(tile), group, slice);
+  for (int r = 0; r < 32 && tile * 32 + r < N; r++)
+    for (int k = 0; k < GROUP; k++)
+      y[y_offset + (tile * 32 + r) * y_stride + group * GROUP + k] = slice[k * 32 + r];
+}

@@ -1,0 +1,68 @@
+"""The default model against golden results, on any backend, device and precision found on this machine.
+
+A greedy continuation may part from the golden one only where that one's two likeliest tokens are nearly tied; after a
+parting the texts differ, so nothing more is compared. How near depends on what `precision` allows a kernel to round.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+from _pytest.mark import ParameterSet
+from polykern.backends import list_backends, probe
+from polykern.runtime.session import Session
+
+MARGIN = {"exact": 0.01, "fast": 0.25}  # of log-probabilities
+MEAN_NLL_DIFFERENCE = {"exact": 0.005, "fast": 0.067}  # per token; 0.067 is llama.cpp's on the same text
+
+# `null` computes nothing, and `reference` nothing else when it may be fast.
+PRECISIONS = {"null": (), "reference": ("exact",)}
+
+
+def targets() -> list[ParameterSet]:
+    """(backend, device, precision) for parametrize; a backend without a device is skipped, with its own reason."""
+    found: list[ParameterSet] = []
+    for entry in list_backends():
+        precisions = PRECISIONS.get(entry.name, ("exact", "fast"))
+        seen = probe(entry.name)
+        if seen.reason and precisions:
+            skip = pytest.mark.skip(reason=f"{entry.name}: {seen.reason}")
+            found.append(pytest.param(entry.name, None, "exact", marks=skip, id=entry.name))
+            continue
+        for index, device in enumerate(seen.devices):
+            name = re.sub(r"\W+", "_", device.name).strip("_")[:24]
+            found += [
+                pytest.param(entry.name, str(index), precision, id=f"{entry.name}-{index}-{name}-{precision}")
+                for precision in precisions
+            ]
+    return found
+
+
+def check_greedy(session: Session, golden: dict[str, Any]) -> None:
+    """Each prompt's continuation, by the rule above."""
+    limit = MARGIN[session.settings.precision]
+    for case in golden["greedy"]:
+        expected = case["greedy_ids"]
+        found = list(session.generate(case["prompt_ids"], max_tokens=len(expected)))
+        assert len(found) == len(expected)
+        for place, (token, right) in enumerate(zip(found, expected, strict=True)):
+            if token == right:
+                continue
+            rivals = dict(zip(case["top5_ids"][place], case["top5_logprobs"][place], strict=True))
+            where = f"{case['prompt']!r}, token {place}: {token} for {right}"
+            assert token in rivals, f"{where}: not even among the five likeliest {rivals}"
+            margin = rivals[right] - rivals[token]
+            assert margin < limit, f"{where}: {margin:.3f} less likely, at most {limit} may be lost"
+            break
+
+
+def check_nll(session: Session, golden: dict[str, Any], *, by_step: bool = False) -> None:
+    """The text's likelihood, token by token; `by_step` through the decode step, else in chunks."""
+    expected = golden["text_nll"]
+    found = session.nll(expected["ids"], by_step=by_step)
+    difference = float(np.abs(np.array(found) - np.array(expected["nll"])).mean())
+    assert len(found) == len(expected["ids"]) - 1
+    assert difference <= MEAN_NLL_DIFFERENCE[session.settings.precision], f"mean difference {difference:.5f} per token"
