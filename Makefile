@@ -3,6 +3,12 @@ BIN := $(if $(wildcard .venv/bin/python),.venv/bin/,)
 PYTHON := $(BIN)python
 PY := kernels backends runtime tests bench
 
+# What `make bench` and `make conformance` run on, and the name of the file they write.
+BACKEND ?= opencl
+DEVICE ?=
+NAME ?= $(BACKEND)
+ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
+
 .PHONY: help check static fmt lint types fast test bench support conformance
 
 help:            ## this list
@@ -29,16 +35,14 @@ fast:            ## the tests that take seconds
 test:            ## all tests, as in the README
 	$(BIN)pytest
 
-bench:           ## time the default model here; BACKEND=opencl by default; writes bench/results/bench-$(BACKEND).json
+bench:           ## time the default model on BACKEND (and DEVICE); writes bench/results/bench-$(NAME).json
 	@mkdir -p bench/results
-	$(BIN)runtime bench --backend $(BACKEND) --json > bench/results/bench-$(BACKEND).json
-	@cat bench/results/bench-$(BACKEND).json
+	$(BIN)runtime bench --backend $(BACKEND) $(ON_DEVICE) --json > bench/results/bench-$(NAME).json
 
-conformance:     ## judge BACKEND against the contract; writes bench/results/conformance-$(BACKEND).json
+conformance:     ## judge BACKEND (and DEVICE) against the contract; writes bench/results/conformance-$(NAME).json
 	@mkdir -p bench/results
-	$(BIN)runtime conformance --profile full --backend $(BACKEND) --json > bench/results/conformance-$(BACKEND).json
+	$(BIN)runtime conformance --backend $(BACKEND) $(ON_DEVICE) --json > bench/results/conformance-$(NAME).json
 
 support:         ## rewrite the README's support table from bench/results/conformance-*.json
 	$(PYTHON) bench/support.py
 
-BACKEND ?= opencl

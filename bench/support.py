@@ -4,7 +4,7 @@
     python bench/support.py            rewrites the table in README.md
     python bench/support.py --check    says whether it is up to date, and whether the reports cover today's contract
 
-A cell is what the suite found, op by op and weight format by weight format: cases passed, or what is missing.
+A cell is what the suite found for one op on one backend, weight format by weight format where these differ.
 """
 
 from __future__ import annotations
@@ -23,19 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN, END = "<!-- support table: bench/support.py -->", "<!-- end of support table -->"
-FORMAT_COLUMN_FOR_NONE = "-"
+NO_FORMAT = "-"
 
 Report = Mapping[str, Any]
-Row = tuple[str, str]  # op, weight format or "-"
 
 
 def formats() -> dict[tuple[str, str], str]:
     """(op, case) -> the weight format the case is about, for all cases of the contract."""
-    return {
-        (op.name, case.name): str(case.dims.get("format", FORMAT_COLUMN_FOR_NONE))
-        for op in OPS.values()
-        for case in op.cases
-    }
+    return {(op.name, case.name): str(case.dims.get("format", NO_FORMAT)) for op in OPS.values() for case in op.cases}
 
 
 def problems(reports: Mapping[str, Report]) -> list[str]:
@@ -53,30 +48,40 @@ def problems(reports: Mapping[str, Report]) -> list[str]:
 
 
 def table(reports: Mapping[str, Report]) -> str:
-    """The Markdown table, one row for each op and weight format, one column for each report."""
+    """The Markdown table: one row for each op, one column for each report; weight formats inside the cells."""
     case_format = formats()
-    cells: dict[Row, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    found: dict[str, dict[str, dict[str, list[str]]]] = {name: {} for name in reports}  # report, op, format: statuses
     for name, report in reports.items():
         for case in report["cases"]:
-            row = (case["op"], case_format.get((case["op"], case["case"]), FORMAT_COLUMN_FOR_NONE))
-            cells[row][name].append(case["status"])
-    order = {name: place for place, name in enumerate(OPS)}
-    rows = sorted(cells, key=lambda row: (order.get(row[0], len(order)), list(case_format.values()).index(row[1])))
-    header = ["op", "weights", *(f"{r['backend']}: {r['device']}" for r in reports.values())]
-    lines = ["| " + " | ".join(header) + " |", "|---|---|" + "---|" * len(reports)]
-    for op, weights in rows:
-        found = [cell(cells[op, weights].get(name, [])) for name in reports]
-        lines.append(f"| `{op}` | {weights} | {' | '.join(found)} |")
+            weights = case_format.get((case["op"], case["case"]), NO_FORMAT)
+            found[name].setdefault(case["op"], {}).setdefault(weights, []).append(case["status"])
+    header = ["op", *(f"{r['backend']}: {r['device']}" for r in reports.values())]
+    lines = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
+    for op in OPS:
+        lines.append(f"| `{op}` | {' | '.join(cell(found[name].get(op, {})) for name in reports)} |")
     return "\n".join([*lines, "", *(footnote(report) for report in reports.values())])
 
 
-def cell(statuses: Sequence[str]) -> str:
-    """ "12 ✓" when all passed; else how many did, failed or were refused."""
-    passed, failed, refused = (statuses.count(s) for s in ("passed", "failed", "unsupported"))
-    parts = [f"{passed} ✓"] if passed or not statuses else []
-    parts += [f"{failed} ✗"] if failed else []
-    parts += [f"{refused} unsupported"] if refused else []
-    return ", ".join(parts)
+def cell(by_format: Mapping[str, Sequence[str]]) -> str:
+    """ "16 ✓", "414 ✓ in 11 formats", or, where formats differ, each kind of outcome with the formats it holds for."""
+    outcomes: dict[tuple[bool, bool, bool], list[str]] = defaultdict(list)
+    for weights, statuses in by_format.items():
+        outcomes["passed" in statuses, "failed" in statuses, "unsupported" in statuses].append(weights)
+    parts: list[str] = []
+    for names in outcomes.values():
+        text = counts([status for name in names for status in by_format[name]])
+        if len(outcomes) > 1:
+            text = f"{' '.join(names)}: {text}"
+        elif len(names) > 1:
+            text += f" in {len(names)} formats"
+        parts.append(text)
+    return "; ".join(parts) or "not run"
+
+
+def counts(statuses: Sequence[str]) -> str:
+    """How many cases passed, failed and were refused; what is 0 is left out."""
+    marks = {"passed": "✓", "failed": "✗", "unsupported": "unsupported"}
+    return ", ".join(f"{statuses.count(s)} {mark}" for s, mark in marks.items() if s in statuses)
 
 
 def footnote(report: Report) -> str:

@@ -52,11 +52,11 @@ def cost(signature: Signature) -> Cost:
     return Cost(signature_bytes(signature, ("x", "w", "bias", "y")), 2 * tokens * in_features * out_features)
 
 
-def block_scales(x: Array) -> Array:
-    """The int8 step max|x| / 127 of each number's block of 32 along a row [T, K]; the last block may be short."""
+def block_steps(x: Array, levels: int) -> Array:
+    """The step max|x| / levels of each number's block of 32 along a row [T, K]; the last block may be short."""
     tokens, features = x.shape
     padded = np.pad(np.abs(x), ((0, 0), (0, -features % 32)))
-    steps = padded.reshape(tokens, -1, 32).max(axis=2) / 127
+    steps = padded.reshape(tokens, -1, 32).max(axis=2) / levels
     return np.repeat(steps, 32, axis=1)[:, :features]
 
 
@@ -81,7 +81,7 @@ def product_bound(x: Array, weight: Weight, numerics: Numerics, x_error: Array |
         bound += x_error @ magnitude.T
     bound += numerics.gamma(6) * (x @ magnitude.T)
     if numerics.activations == "int8":
-        bound += (0.505 * block_scales(x)) @ magnitude.T
+        bound += (0.505 * block_steps(x, numerics.activation_levels)) @ magnitude.T
     return bound
 
 

@@ -94,7 +94,9 @@ class Numerics:
     accumulate   dtype of every sum ("f32", "f64")
     depth        longest chain of additions behind one output: K for a serial loop, ceil(K / lanes) + log2(lanes) for a
                  blocked or tree reduction. Declaring K where the chain is shorter makes the bound blunt.
-    activations  "f32": used as they are. "int8": rounded once per row and block of 32 to round(x / s), s = max|x| / 127
+    activations  "f32": used as they are. "int8": rounded once per row and block of 32 to round(x / s),
+                 s = max|x| / activation_levels
+    activation_levels  at least 127; more where a kernel's arithmetic leaves room for finer steps
     function_ulp largest error of exp, tanh, sin and rsqrt as used by the kernel, in ulp
                  (OpenCL 3.0 full profile: exp 3, tanh 5, rsqrt 2; C and numpy: <= 1)
     """
@@ -103,6 +105,7 @@ class Numerics:
     depth: int = 1
     activations: Literal["f32", "int8"] = "f32"
     function_ulp: float = 4.0
+    activation_levels: int = 127
 
     @property
     def unit(self) -> float:

@@ -13,6 +13,7 @@ State buffers, shared by all programs of a session (B sequences, P pages, S page
     cos_sin                         f32 [ctx, rope dims]
     sampling, rng                   f32 [B, 4], u32 [B, 2]   as in the op `sample`
     logits                          f32 [B or T, vocab]      for the host, with head="logits"
+    logit_bias                      f32 [vocab]              added to the logits, with biased=True
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def build_program(
     sequences: int = 1,
     logits: Logits = "last",
     head: Head = "argmax",
+    biased: bool = False,
     precision: str = "fast",
 ) -> Program:
     """The program of one bucket.
@@ -79,10 +81,11 @@ def build_program(
     ctx        capacity of the KV cache in tokens per sequence
     logits     none: only fill the KV cache (the last layer stops there); last: one row per sequence; all: every row
     head       what becomes of the logits: the next token ids by argmax or sampling, or a buffer the host reads
+    biased     whether a bias from the host is added to the logits (-infinity: never chosen)
     precision  exact | fast, as in the op `gemm`
     """
     is_decode = tokens == sequences
-    name = f"decode.{head}" if is_decode else f"prefill{tokens}.{logits}"
+    name = f"decode.{head}{'.biased' if biased else ''}" if is_decode else f"prefill{tokens}.{logits}"
     block = _Blocks(config, Program(name), tokens, sequences, ctx, page_size, precision)
     block.embed()
     for layer in range(len(config.layers)):
@@ -93,7 +96,7 @@ def build_program(
         block.feed_forward(layer)
     if logits == "last" and not is_decode:
         block.select_last()
-    block.finish(head)
+    block.finish(head, biased)
     if is_decode:
         block.advance()
     return block.p
@@ -235,7 +238,7 @@ class _Blocks:
         )
         self.x = y
 
-    def finish(self, head: Head) -> None:
+    def finish(self, head: Head, biased: bool) -> None:
         """Logits, and what becomes of them."""
         rows, vocab = self.x.shape[0], self.config.vocab_size
         if head == "logits":
@@ -243,6 +246,8 @@ class _Blocks:
         else:
             logits = self.scratch("logits", vocab, rows)
         args = {"x": self.x, "weight": self.weight("output_norm.weight"), "w": self.weight(self.config.head)}
+        if biased:
+            args["bias"] = self.state("logit_bias", vocab, dtype="f32")
         self.p.call("rms_norm_gemm", {**args, "y": logits}, {**self.norm, **self.precision}, "output")
         if self.config.final_softcap:
             self.p.call("softcap", {"x": logits}, {"cap": self.config.final_softcap}, "softcap")

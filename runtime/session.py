@@ -63,7 +63,8 @@ class Session:
         self.backend.close()
 
     def reset(self) -> None:
-        """Forget the sequence in the KV cache."""
+        """Forget the sequence in the KV cache; a generation under way cannot go on."""
+        self._generation += 1
         self._cached = []
 
     def generate(
@@ -84,23 +85,33 @@ class Session:
         if max_tokens is not None and max_tokens < 0:
             raise UsageError(f"max_tokens is {max_tokens}, expected at least 0")
         prompt = self._checked("the prompt", prompt_ids)
-        self._generation += 1
-        return self._generate(prompt, max_tokens, sampling or Sampling(), frozenset(stop_ids), self._generation)
+        sampling = sampling or Sampling()
+        if sampling.suppress:
+            self._checked("suppress", sorted(sampling.suppress))
+        return self._generate(prompt, max_tokens, sampling, frozenset(stop_ids))
 
     def _generate(
-        self, prompt: list[int], max_tokens: int | None, sampling: Sampling, stop_ids: frozenset[int], generation: int
+        self, prompt: list[int], max_tokens: int | None, sampling: Sampling, stop_ids: frozenset[int]
     ) -> Iterator[int]:
+        self._generation += 1
+        mine = self._generation
         self.finish_reason = None if max_tokens != 0 else "length"
         self.timings = self._no_timings()
         if max_tokens == 0:
             return
         is_greedy = sampling.temperature == 0
-        step = self._step(DECODE if is_greedy else DECODE_SAMPLING)
+        bucket = DECODE if is_greedy else DECODE_SAMPLING
+        step = self._step(bucket._replace(biased=bool(sampling.suppress)))
+        if sampling.suppress:
+            bias = np.zeros(self.config.vocab_size, np.float32)
+            bias[list(sampling.suppress)] = -np.inf
+            self._state.write("logit_bias", bias)
         if not is_greedy:
             knobs = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
             self._state.write("sampling", np.array([knobs], np.float32))
             self._state.write("rng", np.array([[sampling.seed, 0]], np.uint32))
         chunks = self._reuse(prompt[:-1])
+        self.timings["load_s"] = self.load_s
         computed = len(prompt) - len(self._cached)
         started = time.perf_counter()
         self._prefill(prompt[len(self._cached) : -1], chunks)
@@ -124,8 +135,8 @@ class Session:
             elif len(self._cached) == self.ctx:
                 self.finish_reason = "context"
             yield token
-            if generation != self._generation:
-                raise UsageError("another generation was started on this session; this one cannot go on")
+            if mine != self._generation:
+                raise UsageError("the session was used for something else; this generation cannot go on")
             fed = token
 
     def nll(self, ids: Sequence[int], *, by_step: bool = False) -> list[float]:
@@ -172,7 +183,6 @@ class Session:
             for done in range(repetitions + 1):
                 if progress:
                     progress(name, done, repetitions + 1)
-                self._generation += 1
                 self.reset()
                 chunks = self._reuse(prompt[:-1])
                 started = time.perf_counter()
@@ -236,7 +246,6 @@ class Session:
 
     def _scores(self, ids: list[int], by_step: bool) -> Iterator[tuple[int, Array]]:
         """(index of its first token, logits [n, vocab]) of chunk after chunk."""
-        self._generation += 1
         self.reset()
         bucket = SCORE_STEP if by_step else SCORE
         size, prefix = bucket.tokens, "" if by_step else f"prefill{bucket.tokens}."

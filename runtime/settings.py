@@ -52,6 +52,7 @@ class Sampling:
     top_p        1: off
     min_p        0: off
     seed         same seed, same prompt, same backend: same tokens
+    suppress     ids that are never chosen
     """
 
     temperature: float = 0.0
@@ -59,6 +60,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    suppress: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         finite = math.isfinite(self.temperature)

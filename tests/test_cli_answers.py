@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -365,7 +366,11 @@ def test_chat_ends_with_its_input(model: str) -> None:
 def test_interrupt_at_the_prompt_of_a_chat(model: str) -> None:
     terminal = Terminal(*ON_REFERENCE, model)
     terminal.until("> ")
-    terminal.process.send_signal(signal.SIGINT)
+    for _ in range(10):  # again and again: Python may miss one between writing the prompt and waiting for the line
+        terminal.process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            terminal.process.wait(5)
+            break
     assert terminal.close() == 130
     assert "Traceback" not in terminal.said
 
@@ -377,7 +382,7 @@ def test_chat_has_no_json(capsys: pytest.CaptureFixture[str], model: str) -> Non
     assert capsys.readouterr().err == "runtime: error: --raw needs a PROMPT\n"
 
 
-# A reply that takes its time: each token of the tiny model is held back.
+# A reply that takes its time: each token of the tiny model is held back, and announced on stderr.
 SLOW = """
 import sys, time
 from polykern.runtime import cli, session
@@ -385,6 +390,7 @@ plain = session.Session.generate
 def slow(self, *args, **kwargs):
     for token in plain(self, *args, **kwargs):
         yield token
+        print("token", file=sys.stderr, flush=True)
         time.sleep(0.5)
 session.Session.generate = slow
 sys.exit(cli.main(sys.argv[1:]))
@@ -397,19 +403,15 @@ def test_interrupt_keeps_what_was_said(capsys: pytest.CaptureFixture[str], model
     process = subprocess.Popen(
         [sys.executable, "-c", SLOW, *command, *json_flag], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/"
     )
-    assert process.stdout is not None
-    if json_flag:
-        time.sleep(4)
-        first = b""
-    else:
-        first = os.read(process.stdout.fileno(), 1)
+    assert process.stderr is not None
+    assert process.stderr.readline() == b"token\n"
     process.send_signal(signal.SIGINT)
-    rest, errors = process.communicate(timeout=60)
+    out, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert b"Traceback" not in errors
-    text = (first + rest).decode()
+    text = out.decode()
     if json_flag:
-        assert len(json.loads(text)["token_ids"]) < 200
+        assert 1 <= len(json.loads(text)["token_ids"]) < 200
     else:
         whole = document(capsys, *command)["text"]
         assert text.endswith("\n")

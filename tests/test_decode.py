@@ -218,14 +218,23 @@ def test_an_interrupt_inside_a_run_leaves_the_cache_true(
     assert greedy(session, prompt, 5) == expected
 
 
-def test_two_generations_cannot_interleave(session: Session) -> None:
+@pytest.mark.parametrize("use", ["generate", "generate_created_before", "nll", "reset"])
+def test_a_generation_cannot_go_on_after_another_use(session: Session, use: str) -> None:
+    other = session.generate(text(6), max_tokens=5)
     first = session.generate(text(5), max_tokens=5)
     next(first)
-    second = session.generate(text(6), max_tokens=5)
-    next(second)
-    with pytest.raises(UsageError, match="another generation was started on this session; this one cannot go on"):
+    if use == "generate":
+        next(other := session.generate(text(6), max_tokens=5))
+    elif use == "generate_created_before":
+        next(other)
+    elif use == "nll":
+        session.nll(text(4))
+    else:
+        session.reset()
+    with pytest.raises(UsageError, match="the session was used for something else; this generation cannot go on"):
         next(first)
-    assert len(list(second)) == 4
+    if use.startswith("generate"):
+        assert len(list(other)) == 4
 
 
 # Sampling
@@ -280,7 +289,7 @@ def test_timings(session: Session) -> None:
     assert loaded > 0 == session.timings["decode_tps"]
     greedy(session, text(20), 5)
     assert all(value > 0 for value in session.timings.values())
-    assert session.load_s > loaded, "compiling the prefill program counts as loading"
+    assert session.timings["load_s"] > loaded, "compiling the prefill program counts as loading"
     greedy(session, text(20), 1)
     assert session.timings["decode_tps"] == 0
 
@@ -293,7 +302,7 @@ def test_bench(path: Path) -> None:
         assert all(rate > 0 for rates in found.values() for rate in rates)
         assert calls == [(name, done, 4) for name in ("pp40", "tg12") for done in range(5)]
         rows = Counter(c.tensors["token_ids"].shape[0] for c in session.backend.launches if c.op == "embedding")
-        assert rows == {8: 4 * 5, 1: 4 + 4 * 12}  # 39 tokens in five chunks of 8, the last in a decode step
+        assert rows == {64: 4, 1: 4 + 4 * 12}  # 39 tokens in one chunk, the last in a decode step
         assert set(session.bench(0, 1, 1)) == {"tg1"}
         assert set(session.bench(1, 0, 1)) == {"pp1"}
         with pytest.raises(ModelError, match="prompt length 41 does not fit the context: --ctx is 40"):

@@ -46,6 +46,7 @@ class OpenCLBackend:
         self._kernels = _kernels()
         self._programs: dict[ProgramSpec, Any] = {}
         self._scratch: dict[str, Any] = {}
+        self._kept: list[Any] = []
         self.opened = opened
         info = opened.info
         self.device = DeviceInfo(
@@ -145,6 +146,7 @@ class OpenCLBackend:
         self.opened.close()
         self._programs.clear()
         self._scratch.clear()
+        self._kept.clear()
 
     # What the op files use
 
@@ -169,7 +171,12 @@ class OpenCLBackend:
             limit = self.opened.device.max_mem_alloc_size
             raise DeviceError(f"{what} needs {nbytes} bytes in one buffer; {info.label} allows {limit}")
         with self._errors(f"allocating {nbytes} bytes for {what}"):
-            return self._cl.Buffer(self.opened.context, self._cl.mem_flags.READ_WRITE, max(1, nbytes))
+            buffer = self._cl.Buffer(self.opened.context, self._cl.mem_flags.READ_WRITE, max(1, nbytes))
+        if info.runtime == "oclgrind":
+            # Its check for uninitialised memory (21.10) forgets no released buffer: the next one at that address, if
+            # larger, was reported beyond the size of the old.
+            self._kept.append(buffer)
+        return buffer
 
     @staticmethod
     def _errors(what: str) -> Any:

@@ -8,7 +8,7 @@
 #define BIASED 2
 
 #ifdef FAST
-typedef short act_t;  // int8 values kept in 16 bits: a broadcast of 16 bits needs no conversion
+typedef short act_t;  // integers up to LEVELS; a broadcast of 16 bits needs no conversion
 #else
 typedef float act_t;
 #endif
@@ -20,7 +20,7 @@ inline float16 activation(float16 x, int kind) {
   return x / (1.0f + exp(-x));  // silu
 }
 
-// One row of x as the dot products want it: normalised if asked, and in int8 with a scale per block of 32 (FAST) or as
+// One row of x as the dot products want it: normalised if asked, and as integers with a scale per block of 32 (FAST) or as
 // floats. groups: scale and sum of each block, the sum being what a format's minimum is multiplied with.
 //
 // Every work-group prepares a copy of its own: a few microseconds of work in all, where a launch of its own would cost
@@ -37,7 +37,7 @@ inline void prepare_row(const __global float *x, const __global float *weight, i
     }
 #ifdef FAST
     const float largest = max16(fmax(fabs(a), fabs(b)));
-    const float scale = largest / 127.0f, inverse = largest > 0.0f ? 127.0f / largest : 0.0f;
+    const float scale = largest / LEVELS, inverse = largest > 0.0f ? LEVELS / largest : 0.0f;
     const float16 ra = rint(a * inverse), rb = rint(b * inverse);
     vstore16(convert_short16(ra), 0, act + k);
     vstore16(convert_short16(rb), 0, act + k + 16);

@@ -1,7 +1,7 @@
 """gemm and the ops fused with it: norm before it, residual or GLU after it.
 
-Up to GEMV_ROWS rows of x go through `gemv` (weights read once per row, activations in int8 when `fast`), more through
-`gemm` (weights turned into floats once per 128 of K and used for all rows).
+Up to GEMV_ROWS rows of x go through `gemv` (weights read once per row, activations as small integers when `fast`), more
+through `gemm` (weights turned into floats once per 128 of K and used for all rows).
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ GEMV_ROWS = 4
 # Work-groups per compute unit: enough that a core that is late (another process, a slow page) is evened out.
 GROUPS_PER_UNIT = 8
 ADD, BIASED = 1, 2  # flags of gemm.cl
+LEVELS = {"Q8_0": 127}  # of formats.h; 254 for the others
 GLU_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
 POINTWISE = ProgramSpec(("pointwise.cl",))
 RMS_NORM = ProgramSpec(("lanes.h", "rms_norm.cl"))
@@ -69,11 +70,13 @@ def numerics(signature: Signature) -> Numerics:
     halves = [numerics(half) for half in _halves(signature)]
     if halves:
         activations = "int8" if any(half.activations == "int8" for half in halves) else "f32"
-        return Numerics("f32", max(half.depth for half in halves), activations, ulp)
+        return Numerics(
+            "f32", max(half.depth for half in halves), activations, ulp, min(half.activation_levels for half in halves)
+        )
     fmt, _, k = _weight(signature)
     norm = k // 16 + 20 if "weight" in signature.tensors else 0
     if _is_int8(signature):  # sums of a group are exact integers; two additions per group and the sum of a block
-        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp)
+        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, LEVELS.get(fmt.name, 254))
     if signature.tensors["x"].shape[0] <= GEMV_ROWS:
         chain = k // 2 + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
         return Numerics("f32", max(norm, chain), "f32", ulp)

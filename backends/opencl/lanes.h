@@ -1,5 +1,6 @@
 // Sum and maximum of 16 lanes as trees of depth 4. Lanes go through an array that compilers turn back into registers:
-// Oclgrind 21.10's check for uninitialised memory takes what .lo, .hi and .s0 give for uninitialised, or dies on it.
+// Oclgrind 21.10's check for uninitialised memory takes lane 11 of any shuffle (.hi) for uninitialised, and dies on
+// shuffles with unused lanes, which its compiler makes of v.s0 + v.s1.
 #define TREE(F, v)                                                                        \
   F(F(F(F(v[0], v[8]), F(v[4], v[12])), F(F(v[2], v[10]), F(v[6], v[14]))),               \
     F(F(F(v[1], v[9]), F(v[5], v[13])), F(F(v[3], v[11]), F(v[7], v[15]))))

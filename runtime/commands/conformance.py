@@ -24,8 +24,8 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="full: every case, and the mutants; small: few and cheap cases, each run twice to see whether results"
         " repeat, no mutants (default: %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--precision", choices=("fast", "exact"), help="only cases of this precision (default: both)")
     add_device(parser)
-    parser.set_defaults(precision=None)
 
 
 def run(args: Namespace, out: Output) -> int:

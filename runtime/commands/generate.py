@@ -43,6 +43,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     group.add_argument(
         "--min-p", type=number(0, 1), default=0.0, metavar="P", help="keep those with P times the top's probability"
     )
+    group.add_argument(
+        "--ignore-eos",
+        action="store_true",
+        help="never choose an end-of-text token: go on until -n or the context ends",
+    )
     group.add_argument("--seed", type=whole(0, 2**32 - 1), default=0, metavar="S", help="same seed, same text")
 
 
@@ -58,7 +63,7 @@ def run(args: Namespace, out: Output) -> int:
         text = prompt if args.raw else as_question(prompt, session)
         prompt_ids = session.tokenizer.encode(text)
         check_room(args.max_tokens, prompt_ids, session)
-        reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args))
+        reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args, session))
         if args.json:
             reply.run()
             out.json(document(session, reply))
@@ -69,10 +74,11 @@ def run(args: Namespace, out: Output) -> int:
     return INTERRUPTED if reply.interrupted else 0
 
 
-def sampling_from(args: Namespace) -> Sampling:
+def sampling_from(args: Namespace, session: Session) -> Sampling:
     from ..settings import Sampling
 
-    return Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.seed)
+    suppress = session.tokenizer.eos_ids if args.ignore_eos else ()
+    return Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.seed, frozenset(suppress))
 
 
 def as_question(prompt: str, session: Session) -> str:
@@ -232,7 +238,7 @@ def take_turn(
         conversation.messages.pop()
         conversation.forget()
         return []
-    reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args))
+    reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args, session))
     reply.run(out.write)
     out.line()
     report(session, reply, defaulted=args.max_tokens is None)

@@ -93,10 +93,6 @@ def add_device(parser: ArgumentParser) -> None:
         help="which device of the backend: its number or part of its name (default: $POLYKERN_DEVICE, else the first)",
     )  # fmt: skip
     group.add_argument("--threads", type=whole(1, 4096), metavar="N", help="threads of a CPU device (default: all)")
-    group.add_argument(
-        "--precision", choices=("fast", "exact"), default="fast",
-        help="fast: activations may be rounded to int8 per block of 32; exact: float32 (default: %(default)s)",
-    )  # fmt: skip
 
 
 def add_session(parser: ArgumentParser) -> None:
@@ -104,6 +100,10 @@ def add_session(parser: ArgumentParser) -> None:
     add_model(parser)
     add_device(parser)
     group = parser.add_argument_group("session")
+    group.add_argument(
+        "--precision", choices=("fast", "exact"), default="fast",
+        help="fast: activations may be rounded to int8 per block of 32; exact: float32 (default: %(default)s)",
+    )  # fmt: skip
     group.add_argument("--ctx", type=whole(1), metavar="N", help="tokens the KV cache holds (default: by the model)")
     group.add_argument(
         "--fallback", choices=("error", "warn", "allow"), default="warn",
