@@ -190,6 +190,7 @@ GEMM = Op(
         Param("y", ("tokens", "out_features"), "out"),
     ),
     attrs={"precision": "exact"},
+    choices={"precision": PRECISIONS},
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

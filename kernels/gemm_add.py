@@ -92,6 +92,7 @@ GEMM_ADD = Op(
         Param("y", ("tokens", "out_features"), "inout"),
     ),
     attrs={"precision": "exact"},
+    choices={"precision": PRECISIONS},
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

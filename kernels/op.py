@@ -9,8 +9,10 @@ G kv heads, D head_dim, B sequences, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -34,8 +36,9 @@ Role = Literal["in", "out", "inout", "clobber", "weight"]
 class Param:
     """One tensor of an op: its axes by name, and the dtypes it may have (`weight`: any name in FORMATS).
 
-    All axes but the first are dense; the first may have a row stride, so that a call can work on a part of a wider
-    buffer (the K columns of a fused QKV projection).
+    An axis whose name is a number has that length. All axes but the first are dense; the first may have a row stride,
+    so that a call can work on a part of a wider buffer (the K columns of a fused QKV projection). A tensor that is
+    written shares no element with another tensor of its call.
     """
 
     name: str
@@ -158,6 +161,7 @@ class Mutant:
 Reference = Callable[[Inputs, Attrs], Outputs]
 ErrorBound = Callable[[Inputs, Attrs, Outputs, Numerics], Outputs]
 Check = Callable[[Inputs, Attrs, Outputs, Outputs, Numerics], str | None]
+Validate = Callable[[Signature], str | None]
 Decompose = Callable[[Signature, "Emit"], None]
 # Emit(op, {param: tensor name or TensorType for a new temporary}, attrs); see program.decompose
 Emit = Callable[[str, Mapping[str, Any], Attrs], None]
@@ -177,6 +181,10 @@ class Op:
                  wrong, or None
     decompose    for a fused op: the primitives that together do the same
     required     a backend without this op is no backend for decode
+    attrs        name -> default. A value must be what the default is: a finite number, an integer, or a text out of
+                 `choices`
+    choices      name -> the texts an attribute may have
+    validate     what else a call must fulfil: returns what is wrong ("7 query heads are no multiple of ..."), or None
     """
 
     name: str
@@ -188,7 +196,9 @@ class Op:
     error_bound: ErrorBound
     cases: tuple[Case, ...]
     mutants: tuple[Mutant, ...]
-    attrs: Attrs = field(default_factory=dict[str, Any])  # name -> default
+    attrs: Attrs = field(default_factory=dict[str, Any])
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict[str, "tuple[str, ...]"])
+    validate: Validate | None = None
     check: Check | None = None
     decompose: Decompose | None = None
     required: bool = False
@@ -200,30 +210,54 @@ class Op:
         raise ContractError(f"{self.name} has no parameter {name!r}; it has {', '.join(p.name for p in self.params)}")
 
     def with_defaults(self, attrs: Attrs) -> dict[str, Any]:
+        """All attributes; a ContractError for one the op does not have, or a value it cannot have."""
         unknown = sorted(set(attrs) - set(self.attrs))
         if unknown:
             known = ", ".join(self.attrs) or "none"
             raise ContractError(f"{self.name} has no attribute {unknown[0]!r}; it has {known}")
+        for name, value in attrs.items():
+            expected = self._expected(name, value)
+            if expected:
+                raise ContractError(f"{self.name}: {name} is {value!r}, expected {expected}")
         return {**self.attrs, **attrs}
 
+    def _expected(self, name: str, value: Any) -> str:
+        """What the attribute `name` should be instead of `value`; empty if it may be that."""
+        if name in self.choices:
+            return "" if value in self.choices[name] else " or ".join(self.choices[name])
+        if isinstance(self.attrs[name], int):
+            return "" if isinstance(value, Integral) else "an integer"
+        return "" if isinstance(value, Real) and math.isfinite(value) else "a finite number"
+
     def bind(self, tensors: Mapping[str, TensorType]) -> dict[str, int]:
-        """Axis name -> length, from the given tensors; a ContractError where two tensors disagree."""
+        """Axis name -> length, from the given tensors; a ContractError where one breaks its declaration or another's.
+
+        No axis is empty, and the rows of a weight are whole blocks.
+        """
         dims: dict[str, tuple[int, str]] = {}
         for name, kind in tensors.items():
             param = self.param(name)
             allowed = tuple(FORMATS) if param.role == "weight" else param.dtypes
             if kind.dtype not in allowed:
                 raise ContractError(f"{self.name}: {name} is {kind.dtype}, expected {' or '.join(allowed)}")
-            if len(kind.shape) != len(param.axes):
+            fixed = [(axis, length) for axis, length in zip(param.axes, kind.shape, strict=False) if axis.isdigit()]
+            if len(kind.shape) != len(param.axes) or any(int(axis) != length for axis, length in fixed):
                 raise ContractError(f"{self.name}: {name} is {list(kind.shape)}, expected [{', '.join(param.axes)}]")
             for axis, length in zip(param.axes, kind.shape, strict=True):
+                if length < 1:
+                    raise ContractError(f"{self.name}: {axis} is {length} in {name}, expected at least 1")
                 if dims.setdefault(axis, (length, name))[0] != length:
                     other, owner = dims[axis]
                     raise ContractError(f"{self.name}: {axis} is {other} in {owner} but {length} in {name}")
+            if param.role == "weight":
+                _check_blocks(self.name, name, kind)
         return {axis: length for axis, (length, _) in dims.items()}
 
     def signature(self, tensors: Mapping[str, TensorType], attrs: Attrs) -> Signature:
-        """Check tensors and attributes against the declaration; fill in defaults and the types of missing outputs."""
+        """Check tensors and attributes against the declaration; fill in defaults and the types of missing outputs.
+
+        A ContractError says what does not fit; what passes here needs no further checks of types in a backend.
+        """
         dims = self.bind(tensors)
         full = dict(tensors)
         for param in self.params:
@@ -232,7 +266,18 @@ class Op:
             if param.role != "out":
                 raise ContractError(f"{self.name}: {param.name} [{', '.join(param.axes)}] is missing")
             full[param.name] = TensorType(tuple(dims[axis] for axis in param.axes), param.dtypes[0])
-        return Signature(self.name, full, self.with_defaults(attrs))
+        signature = Signature(self.name, full, self.with_defaults(attrs))
+        problem = self.validate(signature) if self.validate else None
+        if problem:
+            raise ContractError(f"{self.name}: {problem}")
+        return signature
+
+
+def _check_blocks(op: str, name: str, kind: TensorType) -> None:
+    try:
+        FORMATS[kind.dtype].row_bytes(kind.shape[1])
+    except ContractError as error:
+        raise ContractError(f"{op}: {name}: {error}") from error
 
 
 def fp64(inputs: Inputs) -> dict[str, Any]:

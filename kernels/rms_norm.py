@@ -43,6 +43,11 @@ def reference(inputs: Inputs, attrs: Attrs) -> Outputs:
     return _run(inputs, attrs, normalize)
 
 
+def validate_eps(signature: Signature) -> str | None:
+    eps = signature.attrs["eps"]
+    return f"eps is {eps}, expected at least 0" if eps < 0 else None
+
+
 def cost(signature: Signature) -> Cost:
     tokens, features = signature.tensors["x"].shape
     return Cost(signature_bytes(signature, ("x", "weight", "y")), 4 * tokens * features)
@@ -128,6 +133,7 @@ RMS_NORM = Op(
         Param("y", ("tokens", "features"), "out"),
     ),
     attrs={"eps": 1e-5, "weight_offset": 0.0},
+    validate=validate_eps,
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

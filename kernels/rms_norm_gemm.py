@@ -33,7 +33,7 @@ from .op import (
     signature_bytes,
 )
 from .quant import FORMATS, Array
-from .rms_norm import Normalize, norm_bound, norm_mutants, norm_weight, normalize
+from .rms_norm import Normalize, norm_bound, norm_mutants, norm_weight, normalize, validate_eps
 from .testdata import activations, random_weight
 
 
@@ -144,6 +144,8 @@ RMS_NORM_GEMM = Op(
         Param("y", ("tokens", "out_features"), "out"),
     ),
     attrs={"eps": 1e-5, "weight_offset": 0.0, "precision": "exact"},
+    choices={"precision": PRECISIONS},
+    validate=validate_eps,
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

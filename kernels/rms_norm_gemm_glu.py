@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .gemm import weight_mutants
+from .gemm import PRECISIONS, weight_mutants
 from .glu import KINDS, activate, activation_bound
 from .mutants import (
     changed_attrs,
@@ -36,7 +36,7 @@ from .op import (
     signature_bytes,
 )
 from .quant import Array
-from .rms_norm import Normalize, norm_mutants, norm_weight, normalize
+from .rms_norm import Normalize, norm_mutants, norm_weight, normalize, validate_eps
 from .rms_norm_gemm import fused_cases, last_norm_weight_zero, normed_product_bound
 from .testdata import activations, random_weight
 
@@ -127,6 +127,8 @@ RMS_NORM_GEMM_GLU = Op(
         Param("y", ("tokens", "out_features"), "out"),
     ),
     attrs={"eps": 1e-5, "weight_offset": 0.0, "precision": "exact", "kind": "silu"},
+    choices={"precision": PRECISIONS, "kind": KINDS},
+    validate=validate_eps,
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

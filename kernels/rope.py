@@ -112,16 +112,12 @@ def _pairs(rot_dim: int, pairing: str) -> tuple[slice, slice]:
     """The first and the second members of the rotated pairs, as slices of head_dim."""
     if pairing == "interleaved":
         return slice(0, rot_dim, 2), slice(1, rot_dim, 2)
-    if pairing == "half":
-        return slice(0, rot_dim // 2), slice(rot_dim // 2, rot_dim)
-    raise ContractError(f"rope: pairing is {pairing!r}, expected {' or '.join(PAIRINGS)}")
+    return slice(0, rot_dim // 2), slice(rot_dim // 2, rot_dim)
 
 
 def rotate(x: Array, cos_sin: Array, positions: Array, pairing: str, sign: float = 1.0) -> Array:
     """x [T, H, D] rotated. The table's numbers are taken in the precision of x; `sign` -1 is the wrong direction."""
     length, rot_dim = cos_sin.shape
-    if rot_dim % 2 or rot_dim > x.shape[2]:
-        raise ContractError(f"rope: {rot_dim} rotated dimensions of {x.shape[2]}; expected an even number up to that")
     known = np.flatnonzero((positions >= 0) & (positions < length))
     first, second = _pairs(rot_dim, pairing)
     row = cos_sin[positions[known], None, :].astype(x.dtype, copy=False)
@@ -136,6 +132,14 @@ def rotate(x: Array, cos_sin: Array, positions: Array, pairing: str, sign: float
 
 def reference(inputs: Inputs, attrs: Attrs) -> Outputs:
     return {"x": rotate(inputs["x"], inputs["cos_sin"], inputs["positions"], attrs["pairing"])}
+
+
+def rot_dim_problem(signature: Signature, name: str) -> str | None:
+    """Why the table's rot_dim does not fit the heads of tensor `name`."""
+    head_dim, rot_dim = signature.tensors[name].shape[2], signature.tensors["cos_sin"].shape[1]
+    if rot_dim % 2 == 0 and rot_dim <= head_dim:
+        return None
+    return f"{rot_dim} rotated dimensions of {head_dim}; expected an even number up to that"
 
 
 def cost(signature: Signature) -> Cost:
@@ -236,6 +240,8 @@ ROPE = Op(
         Param("positions", ("tokens",), dtypes=("i32",)),
     ),
     attrs={"pairing": "interleaved"},
+    choices={"pairing": PAIRINGS},
+    validate=lambda signature: rot_dim_problem(signature, "x"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

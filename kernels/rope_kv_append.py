@@ -25,7 +25,7 @@ from .op import (
     signature_bytes,
 )
 from .quant import Array
-from .rope import PAIRINGS, make_table, next_position, other_pairing, rotate, rotation_bound
+from .rope import PAIRINGS, make_table, next_position, other_pairing, rot_dim_problem, rotate, rotation_bound
 
 
 def _rotated(inputs: Inputs, attrs: Attrs, name: str) -> Array:
@@ -121,6 +121,8 @@ ROPE_KV_APPEND = Op(
         Param("v_pages", ("pages", "kv_heads", "page_size", "head_dim"), "inout", dtypes=("f16", "f32")),
     ),
     attrs={"pairing": "interleaved"},
+    choices={"pairing": PAIRINGS},
+    validate=lambda signature: rot_dim_problem(signature, "q"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

@@ -28,6 +28,11 @@ def reference(inputs: Inputs, attrs: Attrs) -> Outputs:
     return {"x": attrs["cap"] * np.tanh(inputs["x"] / attrs["cap"])}
 
 
+def _validate(signature: Signature) -> str | None:
+    cap = signature.attrs["cap"]
+    return None if cap > 0 else f"cap is {cap}, expected more than 0"
+
+
 def cost(signature: Signature) -> Cost:
     tokens, features = signature.tensors["x"].shape
     return Cost(signature_bytes(signature, ("x", "x")), 3 * tokens * features)
@@ -57,6 +62,7 @@ SOFTCAP = Op(
     doc="x = cap * tanh(x / cap).",
     params=(Param("x", ("tokens", "features"), "inout"),),
     attrs={"cap": 30.0},
+    validate=_validate,
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

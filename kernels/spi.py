@@ -2,7 +2,11 @@
 
 A vendor writes memory (`alloc`, `write`, `read`), `pack`, `supports`, and `bind` for the kernels there are; everything
 else (plans, fallbacks, decomposition of fused ops, conformance, benchmarks, the command line) comes from this project.
-A backend is found through the entry-point group `polykern.backends`, whose value is a `Provider`.
+A backend is found through the entry-point group `polykern.backends`, whose value is a `Provider`. CONTRIBUTING.md has a
+complete one that runs, kernels/README.md lists the ops with their tensors and attributes.
+
+Raise DeviceError (kernels/errors.py) where a device, driver or compiler fails, with the vendor's name of the error. Any
+other exception is taken for a mistake in the program that let it through.
 """
 
 from __future__ import annotations
@@ -23,7 +27,11 @@ Progress = Callable[[str, int, int], None]  # (what, done, total): compile and p
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """One device a provider can open. `memory_bytes` 0: unknown."""
+    """One device a provider can open. `memory_bytes` 0: unknown; otherwise a model that does not fit is refused.
+
+    All of it goes into conformance reports: `driver` is the version of what runs the kernels, `detail` what else decides
+    how they behave (firmware, clock, ISA).
+    """
 
     name: str
     vendor: str = ""
@@ -42,7 +50,11 @@ class Unsupported:
 
 @dataclass(frozen=True)
 class Kernel:
-    """An acceptance: which kernel would run, and what it states about its arithmetic."""
+    """An acceptance: which kernel would run, and what it states about its arithmetic.
+
+    `name` is what plans and reports show: "acme.gemm_q4". `numerics` is a promise that results are held to; where it is
+    looser than the kernel, wrong kernels pass too, and the suite says so ("survived").
+    """
 
     name: str
     numerics: Numerics
@@ -50,9 +62,11 @@ class Kernel:
 
 @dataclass(frozen=True)
 class DeviceTensor:
-    """A tensor of a call: a view into a buffer, in elements (`row_stride` between entries of the first axis).
+    """A tensor of a call: a view into a buffer that `alloc` returned.
 
-    For weights `buffer` is what `pack` returned and offset and stride mean nothing.
+    `offset` and `row_stride` (between entries of the first axis; the others are dense) count elements, not bytes. Callers
+    always give the stride, also of dense tensors. Neither is aligned to more than an element. For weights `buffer` is
+    what `pack` returned, and offset and stride mean nothing.
     """
 
     buffer: Buffer
@@ -68,7 +82,10 @@ class DeviceTensor:
 
 @dataclass(frozen=True)
 class BoundCall:
-    """A call with its tensors on the device, ready for `Backend.bind`."""
+    """A call with its tensors on the device, ready for `Backend.bind`.
+
+    `attrs` holds every attribute of the op, defaults filled in. Of `tensors` only the op's optional ones may be absent.
+    """
 
     op: str
     tensors: Mapping[str, DeviceTensor]
@@ -82,7 +99,12 @@ class BoundCall:
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """How to open a backend. `device` None: the provider's first choice; `threads` None: all the device has."""
+    """How to open a backend.
+
+    device    index into `Provider.devices()`, or part of a name; None: the provider's first choice
+    threads   of a CPU device; None: all it has
+    progress  may be called while opening, in `prepare` and in `pack`
+    """
 
     device: str | None = None
     threads: int | None = None
@@ -91,14 +113,18 @@ class OpenOptions:
 
 @runtime_checkable
 class Backend(Protocol):
-    """An open device. Not thread-safe; one per loaded model.
+    """An open device. Not thread-safe; one per loaded model. Launches run, or seem to run, in the order of their calls.
 
+    name       the name it is registered as
     device     what was opened
-    page_size  tokens per KV-cache page this device likes best
+    page_size  tokens per KV-cache page this device likes best; `attention` is tried with others as well
     supports   Kernel if `bind` would accept a call of this signature, else why not; launches nothing
-    alloc      uninitialised device memory for a dense tensor
-    write/read host -> device and back, synchronous, `offset` in elements of the buffer's dtype
-    pack       a weight in whatever layout this device's kernels want; the host copy may go away afterwards
+    alloc      uninitialised device memory for a dense tensor. There is no `free`: it goes with the last reference to the
+               handle (weakref.finalize) or with `close`, as does a packed weight
+    write/read host -> device and back, synchronous, `offset` in elements of the buffer's dtype; `array` is contiguous and
+               of that dtype, what `read` returns is a copy
+    pack       a weight in whatever layout this device's kernels want; the host copy may go away afterwards. Called only
+               for what `supports` accepted in some call
     bind       a launch with all arguments set
     capture    the launches of one step as one replayable unit (graph, command buffer, launch list)
     """
@@ -126,8 +152,10 @@ class Backend(Protocol):
 class Provider(Protocol):
     """What the entry point names. Cheap to import: vendor libraries are imported in `devices` and `open`.
 
-    `order` sorts the candidates of `--backend auto` (lower first; None: never chosen by itself).
-    `devices` and `open` raise BackendUnavailable with the reason and what to install.
+    `spi_version` is the number it was written for, not SPI_VERSION as it is at run time: that is how a later polykern
+    knows to adapt it. `order` sorts the candidates of `--backend auto` (lower first; None: never chosen by itself; our
+    own: opencl 20, reference 1000). `devices` and `open` raise BackendUnavailable with the reason and what to install;
+    `open` also for a device that is not there.
     """
 
     spi_version: int
@@ -136,5 +164,5 @@ class Provider(Protocol):
     def devices(self) -> Sequence[DeviceInfo]: ...
     def open(self, options: OpenOptions) -> Backend: ...
     def describe(self) -> Mapping[str, Any]:
-        """Versions, drivers and caches, for `runtime doctor`. Must not fail."""
+        """Versions, drivers and caches, JSON-able: for `runtime doctor` and conformance reports. Must not fail."""
         ...

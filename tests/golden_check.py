@@ -25,24 +25,32 @@ SIMULATORS = ("oclgrind", "emulation")  # would take hours
 PRECISIONS = {"null": (), "reference": ("exact",)}
 
 
-def targets() -> list[ParameterSet]:
-    """(backend, device, precision) for parametrize; a backend without a device is skipped, with its own reason."""
+def devices() -> list[ParameterSet]:
+    """(backend, device) for parametrize: all that compute; one without a device is skipped, with its own reason."""
     found: list[ParameterSet] = []
     for entry in list_backends():
-        precisions = PRECISIONS.get(entry.name, ("exact", "fast"))
-        seen = probe(entry.name)
-        if seen.reason and precisions:
-            skip = pytest.mark.skip(reason=f"{entry.name}: {seen.reason}")
-            found.append(pytest.param(entry.name, None, "exact", marks=skip, id=entry.name))
+        if not PRECISIONS.get(entry.name, ("exact",)):
             continue
+        seen = probe(entry.name)
+        if seen.reason:
+            skip = pytest.mark.skip(reason=f"{entry.name}: {seen.reason}")
+            found.append(pytest.param((entry.name, None), marks=skip, id=entry.name))
         for index, device in enumerate(seen.devices):
-            if any(word in device.name.lower() for word in SIMULATORS):
-                continue
-            name = re.sub(r"\W+", "_", device.name).strip("_")[:24]
-            found += [
-                pytest.param(entry.name, str(index), precision, id=f"{entry.name}-{index}-{name}-{precision}")
-                for precision in precisions
-            ]
+            if not any(word in device.name.lower() for word in SIMULATORS):
+                name = re.sub(r"\W+", "_", device.name).strip("_")[:24]
+                found.append(pytest.param((entry.name, str(index)), id=f"{entry.name}-{index}-{name}"))
+    return found
+
+
+def targets() -> list[ParameterSet]:
+    """(backend, device, precision) for parametrize: `devices`, each in every precision it has."""
+    found: list[ParameterSet] = []
+    for device in devices():
+        ((name, index),) = device.values
+        found += [
+            pytest.param(name, index, precision, marks=device.marks, id=f"{device.id}-{precision}")
+            for precision in PRECISIONS.get(name, ("exact", "fast"))
+        ]
     return found
 
 
