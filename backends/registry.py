@@ -73,7 +73,10 @@ def _declared(distribution: metadata.Distribution, owner: str) -> list[Entry]:
 
 
 def _settle_name(entries: list[Entry]) -> list[Entry]:
-    """A name belongs to one entry: to our own if it is ours, to none if several plug-ins claim it."""
+    """A name belongs to one entry: to our own if it is ours, to none if several plug-ins claim it; `auto` is none."""
+    if entries[0].name == AUTO:
+        problem = f"the name {AUTO!r} means the first backend that opens: register another"
+        return [replace(entry, problem=entry.problem or problem) for entry in entries]
     usable = 1 if entries[0].distribution == OWN_DISTRIBUTION or len(entries) == 1 else 0
     owners = ", ".join(entry.distribution for entry in entries)
     problem = f"the name {entries[0].name!r} is claimed by {owners}: uninstall one, or list one in {ALLOW_LIST}"
@@ -195,7 +198,7 @@ def open_backend(
     if name != AUTO:
         entry = _entry(name)
         try:
-            return _open(_load(entry), options)
+            return _open(name, _load(entry), options)
         except BackendUnavailable as error:
             raise BackendUnavailable(f"backend {name!r} is not available: {error}") from error
 
@@ -211,16 +214,30 @@ def open_backend(
             candidates.append((provider.order, entry.name, provider))
     for _, candidate, provider in sorted(candidates, key=lambda c: c[:2]):
         try:
-            return _open(provider, options)
+            return _open(candidate, provider, options)
         except BackendUnavailable as error:
             reasons.append(f"{candidate}: {error}")
     raise BackendUnavailable(f"no backend could be opened: {'; '.join(reasons) or 'none is installed'}")
 
 
-def _open(provider: Provider, options: OpenOptions) -> Backend:
+def _open(name: str, provider: Provider, options: OpenOptions) -> Backend:
     backend: Any = _guarded("open()", lambda: provider.open(options))
     version = provider.spi_version
     missing = _missing(backend, MEMBERS[version])
     if missing:
         raise BackendUnavailable(f"open() returned {type(backend).__name__}, which has no {missing}")
+    wrong = _guarded("looking at it", lambda: _wrong_value(name, backend))
+    if wrong:
+        raise BackendUnavailable(f"open() returned {type(backend).__name__}, whose {wrong}")
     return cast("Backend", backend) if version == SPI_VERSION else ADAPTERS[version](backend)
+
+
+def _wrong_value(name: str, backend: Any) -> str:
+    """What everybody relies on and a plug-in can get wrong: messages and reports name a backend as users do."""
+    if backend.name != name:
+        return f"name is {backend.name!r}, but it is registered as {name!r}"
+    if not isinstance(backend.device, DeviceInfo):
+        return f"device is {type(backend.device).__name__}, expected DeviceInfo"
+    if not isinstance(backend.page_size, int) or backend.page_size < 1:
+        return f"page_size is {backend.page_size!r}, expected an int of at least 1"
+    return ""

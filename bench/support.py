@@ -3,6 +3,7 @@
     runtime conformance --profile full --backend opencl --json > bench/results/conformance-opencl.json
     python bench/support.py            rewrites the table in README.md
     python bench/support.py --check    says whether it is up to date, and whether the reports cover today's contract
+    python bench/support.py FILE...    prints the table for reports of your own, and what is wrong with them
 
 A cell is what the suite found for one op on one backend, weight format by weight format where these differ.
 """
@@ -43,7 +44,7 @@ def problems(reports: Mapping[str, Report]) -> list[str]:
         if stray := sorted(reported - expected):
             found.append(f"{name}: {len(stray)} cases are not in the contract, first {' '.join(stray[0])}")
         if not report["ok"]:
-            found.append(f"{name}: the backend does not conform")
+            found.append("; ".join([f"{name}: the backend does not conform", *report.get("missing", [])]))
     return found
 
 
@@ -85,10 +86,16 @@ def counts(statuses: Sequence[str]) -> str:
 
 
 def footnote(report: Report) -> str:
-    counts = report["summary"]
+    counts, device = report["summary"], report["device"]
+    if report.get("driver"):
+        device += f" (driver {report['driver']})"
+    plugin, version = report.get("plugin", {}), report.get("versions", {}).get("polykern", "unknown")
+    made_by = f"commit {report['commit'][:12]}" if report["commit"] else f"polykern {version}"
+    if plugin.get("distribution", "polykern") != "polykern":
+        made_by += f", {plugin['distribution']} {plugin['version']}"
     return (
-        f"{report['backend']} on {report['device']}: {counts['killed']} of {counts['mutants']} deliberately wrong"
-        f" kernels rejected; {report['date'][:10]}, commit {(report['commit'] or 'unknown')[:12]}.  "
+        f"{report['backend']} on {device}: {counts['killed']} of {counts['mutants']} deliberately wrong"
+        f" kernels rejected; {report['date'][:10]}, {made_by}.  "
     )
 
 
@@ -107,7 +114,17 @@ def with_table(readme: str, content: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if something is out of date")
+    parser.add_argument("reports", nargs="*", type=Path, metavar="FILE", help="documents of runtime conformance --json")
     args = parser.parse_args(argv)
+    if args.reports:
+        try:
+            given = {path.name: json.loads(path.read_text()) for path in args.reports}
+            print(table(given))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"expected documents of runtime conformance --json: {type(error).__name__}: {error}")
+        found = problems(given)
+        print("\n".join(found) or "the reports cover the contract and conform", file=sys.stderr)
+        return 1 if found else 0
     kept = reports()
     if not kept:
         print(f"no conformance-*.json in {RESULTS}: run `make conformance`", file=sys.stderr)

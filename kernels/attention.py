@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .errors import ContractError
 from .mutants import (
     changed_attrs,
     changed_inputs,
@@ -61,20 +60,36 @@ class _Sequence(NamedTuple):
     visible: Array  # bool [n, 1, L]
 
 
+def _first_page(position: Array, page_size: int, attrs: Attrs) -> Array:
+    """The page of the first key that a query at `position` sees."""
+    window = attrs["window"]
+    return np.maximum(0, position - window + 1) // page_size if window else np.zeros_like(position)
+
+
+def has_keys(inputs: Inputs, attrs: Attrs) -> Array:
+    """Rows whose keys are all there, bool [T]: an existing sequence, a position in its table, pages of the cache."""
+    table, seq_ids, positions = inputs["block_table"], inputs["seq_ids"], inputs["positions"].astype(np.int64)
+    pages, _, page_size, _ = inputs["k_pages"].shape
+    sequences, max_pages = table.shape
+    known = (seq_ids >= 0) & (seq_ids < sequences) & (positions >= 0) & (positions < max_pages * page_size)
+    lost_before = np.zeros((sequences, max_pages + 1), np.int64)  # how many of a row's first i pages do not exist
+    lost_before[:, 1:] = np.cumsum((table < 0) | (table >= pages), axis=1)
+    row, position = np.where(known, seq_ids, 0), np.where(known, positions, 0)
+    first = _first_page(position, page_size, attrs)
+    return known & (lost_before[row, position // page_size + 1] == lost_before[row, first])
+
+
 def _sequences(inputs: Inputs, attrs: Attrs, sees: Sees) -> Iterator[_Sequence]:
+    """The sequences of the rows that have all their keys."""
     q, k_pages, v_pages = inputs["q"], inputs["k_pages"], inputs["v_pages"]
-    seq_ids, positions = inputs["seq_ids"], inputs["positions"]
-    (_, heads, head_dim), (_, kv_heads, page_size, _) = q.shape, k_pages.shape
-    if heads % kv_heads:
-        raise ContractError(f"attention: {heads} query heads are no multiple of {kv_heads} kv heads")
-    for seq in np.unique(seq_ids[seq_ids >= 0]):
-        rows = np.flatnonzero(seq_ids == seq)
+    seq_ids, positions, complete = inputs["seq_ids"], inputs["positions"], has_keys(inputs, attrs)
+    kv_heads, page_size, head_dim = k_pages.shape[1:]
+    for seq in np.unique(seq_ids[complete]):
+        rows = np.flatnonzero(complete & (seq_ids == seq))
         p = positions[rows]
-        first = max(0, int(p.min()) - attrs["window"] + 1) // page_size if attrs["window"] else 0
-        stop, capacity = int(p.max()) + 1, inputs["block_table"].shape[1] * page_size
-        if stop > capacity:
-            raise ContractError(f"attention: position {stop - 1} of sequence {seq}, whose table holds {capacity} keys")
+        first, stop = int(_first_page(p.min(), page_size, attrs)), int(p.max()) + 1
         pages = inputs["block_table"][seq, first : -(-stop // page_size)]
+        pages = np.where((pages >= 0) & (pages < len(k_pages)), pages, 0)  # between two windows nobody looks
         j = np.arange(first * page_size, stop)
 
         def gather(cache: Array, pages: Array = pages, length: int = len(j)) -> Array:
@@ -112,6 +127,7 @@ def attend(
     """The definition; the last three arguments exist for mutants."""
     q = inputs["q"]
     y = np.zeros_like(q)
+    y[(inputs["seq_ids"] >= 0) & ~has_keys(inputs, attrs)] = np.nan
     for part in _sequences(inputs, attrs, sees):
         scores = (part.q @ part.k.swapaxes(1, 2)) * q.dtype.type(_scale(attrs, q.shape[2]))
         cap, n = attrs["softcap"], len(part.rows)
@@ -130,6 +146,15 @@ def attend(
 
 def reference(inputs: Inputs, attrs: Attrs) -> Outputs:
     return attend(inputs, attrs)
+
+
+def _validate(signature: Signature) -> str | None:
+    attrs, heads, kv_heads = signature.attrs, signature.tensors["q"].shape[1], signature.tensors["k_pages"].shape[1]
+    if heads % kv_heads:
+        return f"{heads} query heads are no multiple of {kv_heads} kv heads"
+    if not 0 <= attrs["window"] < 2**31:
+        return f"window is {attrs['window']}, expected 0 (none) to {2**31 - 1}"
+    return None if attrs["softcap"] >= 0 else f"softcap is {attrs['softcap']}, expected 0 (none) or more"
 
 
 def cost(signature: Signature) -> Cost:
@@ -185,7 +210,11 @@ def error_bound(inputs: Inputs, attrs: Attrs, outputs: Outputs, numerics: Numeri
 
 
 def make_inputs(case: Case) -> dict[str, Any]:
-    """Random queries of standard deviation `q` (default 6), so that logits are peaky; unused slots are stale."""
+    """Random queries of standard deviation `q` (default 6), so that logits are peaky; unused slots are stale.
+
+    In a "lost" case some rows lack keys: the second sequence its first page, the third its second, and of the first
+    sequence some rows have an id or a position that is none.
+    """
     rng, d = rng_for(case), case.dims
     dtype = NUMPY_DTYPES[d.get("kv", "f16")]
     sequences, heads, kv_heads, head_dim, page_size = d["seqs"], d["H"], d["G"], d["D"], d["S"]
@@ -200,6 +229,11 @@ def make_inputs(case: Case) -> dict[str, Any]:
             cache[pages, :, slots % page_size] = rng.standard_normal((keys, kv_heads, head_dim))
         first += queries
     q = rng.standard_normal((len(batch["seq_ids"]), heads, head_dim)) * d.get("q", 6.0)
+    if d.get("lost"):
+        table, seq_ids, positions = batch["block_table"], batch["seq_ids"], batch["positions"]
+        second, third = seq_ids[sequences[0][1]], seq_ids[-1]
+        table[second, 0], table[third, 1] = -1, shape[0]
+        seq_ids[1], positions[2], positions[3] = len(table), table.shape[1] * page_size, -1
     return {"q": q.astype(np.float32), "k_pages": k_pages, "v_pages": v_pages, **batch}
 
 
@@ -217,11 +251,19 @@ def _cases() -> tuple[Case, ...]:
         _case("decode-flat", ((300, 1),), q=0.01),
         _case("decode-huge-logits", ragged, q=60.0),
         _case("prefill", ((19, 19),)),
+        _case("prefill-softcap", ((21, 12),), {"softcap": 20.0, "scale": 0.3}, D=16),
+        _case("prefill-head-dim-20", ((19, 10), (9, 1)), H=4, D=20, kv="f32"),
         _case("prefill-chunk", ((40, 9), (5, 5), (23, 1)), pad=2),
         *(_case(f"gqa-{h}-{g}", ((21, 3),), H=h, G=g, D=16) for h, g in ((1, 1), (3, 3), (4, 2), (6, 2), (8, 2))),
         *(_case(f"head-dim-{d}", ((20, 2), (9, 1)), D=d, H=4) for d in (5, 80, 96, 128, 256)),
         *(_case(f"page-size-{s}", ((23, 3), (8, 1)), S=s, D=32) for s in (1, 5, 64)),
         _case("pages-f32", ragged, kv="f32"),
+        _case("lost", ((20, 5), (20, 1), (20, 1)), S=8, D=16, lost=True),
+        _case("lost-chunk", ((20, 9), (20, 7), (20, 7)), S=8, D=16, lost=True),
+        *(
+            _case(f"lost-window-{queries}", ((20, queries), (20, 1), (20, 1)), {"window": 4}, S=8, D=16, lost=True)
+            for queries in (4, 9)
+        ),
         _case("chunk-small", ((20, 9), (3, 3), (9, 1)), pad=2, H=3, G=1, D=16, S=8),
         _case("scale", ((23, 5),), {"scale": 0.05}, D=16),
         _case("scale-softcap", ((23, 5),), {"scale": 0.3, "softcap": 20.0}),
@@ -249,6 +291,21 @@ def _sees(visible: Callable[[Array, Array, int], Array]) -> Callable[[Inputs, At
     return lambda inputs, attrs: attend(inputs, attrs, sees)
 
 
+def _clamped(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The nearest of what there is for whatever there is not."""
+    pages, _, page_size, _ = inputs["k_pages"].shape
+    sequences, max_pages = inputs["block_table"].shape
+    return {
+        "block_table": np.clip(inputs["block_table"], 0, pages - 1),
+        "seq_ids": np.minimum(inputs["seq_ids"], sequences - 1),
+        "positions": np.clip(inputs["positions"], 0, max_pages * page_size - 1),
+    }
+
+
+def _lost_is_zero(y: Array, inputs: Inputs) -> Array:
+    return np.nan_to_num(y)
+
+
 def _heads_modulo(inputs: Inputs, attrs: Attrs) -> Outputs:
     """Query head h served by kv head h % G."""
     heads = np.arange(inputs["q"].shape[1])
@@ -263,8 +320,9 @@ ATTENTION = Op(
     doc="Causal softmax attention. The query at position p of sequence s sees keys 0..p of s, which are already in the "
     "cache: key j lies in slot j % S of page block_table[s, j // S]. `scale` 0 means D**-0.5; `softcap` c > 0 turns a "
     "scaled score s into c * tanh(s / c) before the mask; `window` W > 0 keeps the last W keys, p itself included. "
-    "Query head h reads kv head h // (H / G). Rows with seq_id -1 are padding and give zeros. Table entries behind "
-    "a sequence's last page may be -1 or stale.",
+    "Query head h reads kv head h // (H / G). Rows with a seq_id below 0 are padding and give zeros. Table entries of "
+    "pages that no query sees may be -1 or stale. A query that lacks keys gives NaN: its seq_id or position is outside "
+    "the table, or a page outside the cache.",
     params=(
         Param("q", ("tokens", "heads", "head_dim")),
         Param("k_pages", ("pages", "kv_heads", "page_size", "head_dim"), dtypes=("f16", "f32")),
@@ -275,6 +333,7 @@ ATTENTION = Op(
         Param("y", ("tokens", "heads", "head_dim"), "out"),
     ),
     attrs={"scale": 0.0, "softcap": 0.0, "window": 0},
+    validate=_validate,
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,
@@ -300,6 +359,8 @@ ATTENTION = Op(
         Mutant("kv_head_is_h_modulo_G", _heads_modulo),
         Mutant("block_table_ignored", changed_inputs(reference, table_ignored)),
         Mutant("all_rows_in_one_sequence", changed_inputs(reference, one_sequence)),
+        Mutant("lost_keys_clamped", changed_inputs(reference, _clamped)),
+        Mutant("lost_keys_give_zeros", changed_output(reference, "y", _lost_is_zero)),
         Mutant("padding_row_written", changed_inputs(reference, padding_taken)),
         Mutant(
             "k_and_v_swapped", changed_inputs(reference, lambda i: {"k_pages": i["v_pages"], "v_pages": i["k_pages"]})

@@ -38,11 +38,15 @@ class CaseResult:
 
 @dataclass(frozen=True)
 class MutantResult:
-    """`killed_by` names the case that rejected the mutant; empty for a survivor."""
+    """`killed_by` names the case that rejected the mutant; empty for a survivor.
+
+    `shown`: in some case that ran, the mutant computes anything else than the reference.
+    """
 
     op: str
     mutant: str
     killed_by: str
+    shown: bool = True
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Report:
             "failed": statuses.count("failed"),
             "unsupported": statuses.count("unsupported"),
             "mutants": len(self.mutants),
-            "killed": len(self.mutants) - len(self.survivors),
+            "killed": sum(bool(mutant.killed_by) for mutant in self.mutants),
         }
 
     @property
@@ -72,7 +76,15 @@ class Report:
 
     @property
     def survivors(self) -> list[MutantResult]:
-        return [mutant for mutant in self.mutants if not mutant.killed_by]
+        """Mutants that no case rejects, but for those that only refused cases would show."""
+        alive = [mutant for mutant in self.mutants if not mutant.killed_by]
+        return [mutant for mutant in alive if mutant not in self.hidden]
+
+    @property
+    def hidden(self) -> list[MutantResult]:
+        """Mutants that are right in every case that ran, of ops that refuse others: they judge nothing here."""
+        refused = {case.op for case in self.cases if case.status == "unsupported"}
+        return [mutant for mutant in self.mutants if not mutant.shown and mutant.op in refused]
 
     @property
     def missing(self) -> list[CaseResult]:
@@ -161,15 +173,17 @@ def _run_op(
     except Exception as error:  # noqa: BLE001 - a vendor's code
         report.cases.append(CaseResult(op.name, "prepare", "failed", reason=describe("prepare()", error)))
     killed: dict[str, str] = {}
+    shown: set[str] = set()
     for trial in trials:
         report.cases.append(_result(trial, backend, report.profile == "small"))
         if isinstance(trial.answer, Kernel):
-            alive = [mutant for mutant in mutants if mutant.name not in killed]
-            killed.update({mutant.name: trial.case.name for mutant in trial.killed(alive)})
+            told = trial.tell(mutant for mutant in mutants if mutant.name not in killed)
+            shown.update(told)
+            killed.update({name: trial.case.name for name, is_rejected in told.items() if is_rejected})
         if progress:
             progress(op.name, len(report.cases), total)
     if supported:
-        report.mutants += [MutantResult(op.name, m.name, killed.get(m.name, "")) for m in mutants]
+        report.mutants += [MutantResult(op.name, m.name, killed.get(m.name, ""), m.name in shown) for m in mutants]
 
 
 def _result(trial: Trial, backend: Backend, is_repeated: bool) -> CaseResult:

@@ -109,9 +109,9 @@ def make_inputs(case: Case) -> dict[str, Any]:
 
 
 def shapes(block: int) -> list[tuple[int, int, int]]:
-    """(T, N, K): one row and odd row counts, N off and on a multiple of 16, K of one block and of several."""
+    """(T, N, K): one row and odd row counts, N off and on a multiple of 16, K of one block and of several, and deep."""
     k = max(block, 32)
-    odd_k = [(1, 3, 1), (2, 17, 5), (5, 123, 123)] if block == 1 else []
+    odd_k = [(1, 3, 1), (2, 17, 5), (5, 123, 123), (6, 40, 301)] if block == 1 else [(6, 40, 10 * k)]
     return [(1, 1, k), (1, 5, 2 * k), (1, 123, 3 * k), (1, 64, 2 * k), (3, 48, k), (5, 123, k), (33, 20, 2 * k), *odd_k]
 
 
@@ -127,8 +127,14 @@ def _cases() -> tuple[Case, ...]:
                 for t in (1, 17):
                     dims = {"T": t, "N": 35, "K": 2 * k if fill in ("cancel", "zeros") else k, "format": name}
                     cases.append(Case(f"{name}-{precision}-{fill}-{t}", dims, attrs, fill))
-            dims = {"T": 2, "N": 19, "K": k, "format": name, "bias": True}
-            cases.append(Case(f"{name}-{precision}-bias", dims, attrs))
+            dims = {"T": 2, "N": 35, "K": 2 * k, "format": name}
+            cases += [Case(f"{name}-{precision}-{fill}", dims, attrs, fill) for fill in ("extreme", "nan")]
+            for t in (2, 7):
+                dims = {"T": t, "N": 99, "K": k, "format": name, "bias": True}
+                cases.append(Case(f"{name}-{precision}-bias-{t}", dims, attrs))
+            if name in ("F16", "Q4_0"):  # rows enough for every core of a large machine
+                dims = {"T": 2, "N": 8219, "K": 32, "format": name}
+                cases.append(Case(f"{name}-{precision}-wide", dims, attrs))
     return tuple(cases)
 
 
@@ -163,6 +169,21 @@ def last_feature_dropped(inputs: dict[str, Any]) -> dict[str, Any]:
     x = inputs["x"].copy()
     x[:, -1] = 0
     return {"x": x}
+
+
+def product_mutants(reference: Reference) -> tuple[Mutant, ...]:
+    """Mutants of every op that ends in a product y [T, N]."""
+    return (
+        Mutant("last_row_is_its_neighbour", changed_output(reference, "y", last_column_is_its_neighbour)),
+        Mutant("last_token_is_its_neighbour", changed_output(reference, "y", last_row_is_its_neighbour)),
+        Mutant("one_element_zero", changed_output(reference, "y", last_element_zero)),
+        Mutant("nan_is_zero", changed_inputs(reference, lambda i: {"x": np.nan_to_num(i["x"])})),
+        Mutant("nan_spreads_to_all_rows", changed_output(reference, "y", _all_nan)),
+    )
+
+
+def _all_nan(y: Array, inputs: Inputs) -> None:
+    y[:] += y[-1:] * 0
 
 
 def weight_mutants(reference: Reference, name: str = "w") -> tuple[Mutant, ...]:
@@ -201,9 +222,7 @@ GEMM = Op(
         Mutant("last_product_dropped", changed_inputs(reference, last_feature_dropped)),
         Mutant("bias_ignored", changed_inputs(reference, lambda i: {"bias": None})),
         Mutant("scale_5_percent_off", changed_output(reference, "y", lambda y, i: y * 1.05)),
-        Mutant("last_row_is_its_neighbour", changed_output(reference, "y", last_column_is_its_neighbour)),
-        Mutant("last_token_is_its_neighbour", changed_output(reference, "y", last_row_is_its_neighbour)),
-        Mutant("one_element_zero", changed_output(reference, "y", last_element_zero)),
+        *product_mutants(reference),
     ),
     required=True,
 )

@@ -7,13 +7,10 @@ from typing import Any
 import numpy as np
 
 from . import gemm
-from .gemm import PRECISIONS, addend_bound, last_feature_dropped, product_bound, weight_mutants
+from .gemm import PRECISIONS, addend_bound, last_feature_dropped, product_bound, product_mutants, weight_mutants
 from .mutants import (
     changed_inputs,
     changed_output,
-    last_column_is_its_neighbour,
-    last_element_zero,
-    last_row_is_its_neighbour,
 )
 from .op import (
     U32,
@@ -75,7 +72,9 @@ def _cases() -> tuple[Case, ...]:
                 cases.append(Case(f"{name}-{precision}-{t}x{n}x{k}", {"T": t, "N": n, "K": k, "format": name}, attrs))
             dims = {"T": 5, "N": 35, "K": 2 * k, "format": name}
             cases.append(Case(f"{name}-{precision}-integer", dims, attrs, "integer"))
+            cases.append(Case(f"{name}-{precision}-extreme", {**dims, "T": 2}, attrs, "extreme"))
             if name in ("F16", "Q4_0", "Q5_K"):
+                cases.append(Case(f"{name}-{precision}-nan", {**dims, "T": 3}, attrs, "nan"))
                 cases.append(Case(f"{name}-{precision}-bias", {**dims, "bias": True}, attrs))
                 cases.append(Case(f"{name}-{precision}-outlier", dims, attrs, "outlier"))
     cases.append(Case("F32-exact-odd", {"T": 3, "N": 17, "K": 123, "format": "F32"}))
@@ -106,9 +105,7 @@ GEMM_ADD = Op(
         Mutant("product_subtracted", changed_output(reference, "y", lambda y, i: 2 * i["y"] - y)),
         Mutant("bias_ignored", changed_inputs(reference, lambda i: {"bias": None})),
         Mutant("last_product_dropped", changed_inputs(reference, last_feature_dropped)),
-        Mutant("last_row_is_its_neighbour", changed_output(reference, "y", last_column_is_its_neighbour)),
-        Mutant("last_token_is_its_neighbour", changed_output(reference, "y", last_row_is_its_neighbour)),
-        Mutant("one_element_zero", changed_output(reference, "y", last_element_zero)),
+        *product_mutants(reference),
     ),
     decompose=decompose,
 )

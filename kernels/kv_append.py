@@ -27,12 +27,13 @@ from .testdata import page_count, paged_batch, stale_pages
 
 
 def slots(inputs: Inputs) -> tuple[Array, Array, Array]:
-    """(rows, pages, slots) of the tokens that are stored: those of a sequence, at a position inside its table."""
+    """(rows, pages, slots) of the tokens that are stored: those for which there is a slot."""
     table, seq_ids, positions = inputs["block_table"], inputs["seq_ids"], inputs["positions"]
-    page_size = inputs["k_pages"].shape[2]
-    end = table.shape[1] * page_size
-    rows = np.flatnonzero((seq_ids >= 0) & (positions >= 0) & (positions < end))
-    return rows, table[seq_ids[rows], positions[rows] // page_size], positions[rows] % page_size
+    pages, _, page_size, _ = inputs["k_pages"].shape
+    known = (seq_ids >= 0) & (seq_ids < len(table)) & (positions >= 0) & (positions < table.shape[1] * page_size)
+    page = table[np.where(known, seq_ids, 0), np.where(known, positions // page_size, 0)]
+    rows = np.flatnonzero(known & (page >= 0) & (page < pages))
+    return rows, page[rows], positions[rows] % page_size
 
 
 def append(inputs: Inputs, name: str, values: Array) -> Array:
@@ -80,7 +81,8 @@ def error_bound(inputs: Inputs, attrs: Attrs, outputs: Outputs, numerics: Numeri
 def make_pages(rng: np.random.Generator, case: Case) -> dict[str, Array]:
     """Batch and pages of a case with dims seqs, pad, S (page size), G, D, kv (dtype of the pages).
 
-    A case with `beyond` has one more row of the first sequence, at the first position its table cannot hold.
+    A case with `beyond` has one more row of the first sequence, at the first position its table cannot hold. A case
+    with `lost` has a row of a sequence that there is not, and the last page of two sequences is none of the cache.
     """
     d = case.dims
     batch = paged_batch(rng, d["seqs"], d["S"], d.get("pad", 0))
@@ -90,6 +92,11 @@ def make_pages(rng: np.random.Generator, case: Case) -> dict[str, Array]:
         batch["positions"] = np.insert(batch["positions"], d["seqs"][0][1], end).astype(np.int32)
     dtype = NUMPY_DTYPES[d.get("kv", "f16")]
     shape = (page_count(d["seqs"], d["S"]), d["G"], d["S"], d["D"])
+    if d.get("lost"):
+        table, (keys, queries) = batch["block_table"], d["seqs"][0]
+        table[batch["seq_ids"][0], (keys - 1) // d["S"]] = -1
+        table[batch["seq_ids"][-1], (d["seqs"][-1][0] - 1) // d["S"]] = shape[0]
+        batch["seq_ids"][queries] = len(table)
     return {**batch, "k_pages": stale_pages(rng, shape, dtype), "v_pages": stale_pages(rng, shape, dtype)}
 
 
@@ -113,6 +120,7 @@ BATCHES = (
     ("page-size-5", ((13, 7), (5, 2)), {"S": 5, "D": 80, "pad": 1}),
     ("pages-f32", ((20, 5), (9, 1)), {"kv": "f32", "pad": 1}),
     ("beyond-the-table", ((6, 2), (5, 1)), {"S": 4, "beyond": True}),
+    ("lost", ((6, 3), (5, 2), (7, 4)), {"S": 4, "D": 16, "lost": True}),
 )
 
 
@@ -133,6 +141,15 @@ def _clamped(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"positions": np.minimum(inputs["positions"], end - 1)}
 
 
+def lost_wrapped(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Pages counted from the end, or anew."""
+    return {"block_table": inputs["block_table"] % len(inputs["k_pages"])}
+
+
+def unknown_sequence_is_last(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {"seq_ids": np.minimum(inputs["seq_ids"], len(inputs["block_table"]) - 1)}
+
+
 def slot_off_by_one(inputs: dict[str, Any]) -> dict[str, Any]:
     return {"positions": np.maximum(inputs["positions"] - 1, -1)}
 
@@ -147,7 +164,8 @@ def _token_major(inputs: Inputs, attrs: Attrs) -> Outputs:
 KV_APPEND = Op(
     name="kv_append",
     doc="k[t], v[t] into slot positions[t] % S of page block_table[seq_ids[t], positions[t] // S], rounded to nearest "
-    "even where pages are f16. Rows with seq_id -1, and positions outside the table, are skipped; other slots stay.",
+    "even where pages are f16. Rows without a slot are skipped: a seq_id (-1 for padding) or position outside the "
+    "table, a page outside the cache. Other slots stay. No two rows have the same slot.",
     params=(
         Param("k", ("tokens", "kv_heads", "head_dim")),
         Param("v", ("tokens", "kv_heads", "head_dim")),
@@ -169,6 +187,8 @@ KV_APPEND = Op(
         Mutant("padding_row_written", changed_inputs(reference, padding_taken)),
         Mutant("all_rows_in_one_sequence", changed_inputs(reference, one_sequence)),
         Mutant("beyond_the_table_clamped", changed_inputs(reference, _clamped)),
+        Mutant("lost_page_wrapped", changed_inputs(reference, lost_wrapped)),
+        Mutant("unknown_sequence_is_last", changed_inputs(reference, unknown_sequence_is_last)),
         Mutant("truncated_to_f16", _truncated),
         Mutant("pages_written_token_major", _token_major),
         Mutant("v_not_written", changed_output(reference, "v_pages", lambda pages, i: i["v_pages"])),

@@ -7,13 +7,9 @@ from typing import Any
 import numpy as np
 
 from . import gemm
-from .gemm import PRECISIONS, addend_bound, product_bound, weight_mutants
+from .gemm import PRECISIONS, addend_bound, product_bound, product_mutants, weight_mutants
 from .mutants import (
     changed_inputs,
-    changed_output,
-    last_column_is_its_neighbour,
-    last_element_zero,
-    last_row_is_its_neighbour,
 )
 from .op import (
     U32,
@@ -108,9 +104,12 @@ def fused_cases(**attrs: Any) -> tuple[Case, ...]:
                 dims = {"T": 5, "N": 48, "K": 2 * k, "format": name}
                 for fill in ("outlier", "zeros", "last"):
                     cases.append(Case(f"{name}-{precision}-{fill}", dims, plain, fill))
-                cases.append(Case(f"{name}-{precision}-small-eps", dims, {**plain, "eps": 1e-6}, "small"))
-                cases.append(Case(f"{name}-{precision}-large-eps", dims, {**plain, "eps": 0.5}))
-                cases.append(Case(f"{name}-{precision}-offset", dims, {**plain, "weight_offset": 1.0}))
+                cases += [Case(f"{name}-{precision}-{f}", {**dims, "T": 3}, plain, f) for f in ("extreme", "nan")]
+                for t in (2, 5):
+                    dims = {"T": t, "N": 48, "K": 2 * k, "format": name}
+                    cases.append(Case(f"{name}-{precision}-small-eps-{t}", dims, {**plain, "eps": 1e-6}, "small"))
+                    cases.append(Case(f"{name}-{precision}-large-eps-{t}", dims, {**plain, "eps": 0.5}))
+                    cases.append(Case(f"{name}-{precision}-offset-{t}", dims, {**plain, "weight_offset": 1.0}))
     return tuple(cases)
 
 
@@ -156,9 +155,7 @@ RMS_NORM_GEMM = Op(
         *weight_mutants(reference),
         Mutant("bias_ignored", changed_inputs(reference, lambda i: {"bias": None})),
         Mutant("last_product_dropped", changed_inputs(reference, last_norm_weight_zero)),
-        Mutant("last_row_is_its_neighbour", changed_output(reference, "y", last_column_is_its_neighbour)),
-        Mutant("last_token_is_its_neighbour", changed_output(reference, "y", last_row_is_its_neighbour)),
-        Mutant("one_element_zero", changed_output(reference, "y", last_element_zero)),
+        *product_mutants(reference),
     ),
     decompose=decompose,
 )

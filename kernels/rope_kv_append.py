@@ -6,7 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from .kv_append import BATCHES, append, make_pages, slot_off_by_one, stored_bound
+from .kv_append import (
+    BATCHES,
+    append,
+    lost_wrapped,
+    make_pages,
+    slot_off_by_one,
+    stored_bound,
+    unknown_sequence_is_last,
+)
 from .mutants import changed_attrs, changed_inputs, changed_output, padding_taken, table_ignored
 from .op import (
     NUMPY_DTYPES,
@@ -67,7 +75,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
     tokens = len(batch["seq_ids"])
     q = rng.standard_normal((tokens, d["H"], d["D"]), dtype=np.float32)
     k, v = rng.standard_normal((2, tokens, d["G"], d["D"]), dtype=np.float32)
-    return {"q": q, "k": k, "v": v, "cos_sin": make_table(d.get("R", d["D"]), 60), **batch}
+    return {"q": q, "k": k, "v": v, "cos_sin": make_table(d.get("R", d["D"]), d.get("L", 60)), **batch}
 
 
 def decompose(signature: Signature, emit: Emit) -> None:
@@ -87,6 +95,8 @@ def _cases() -> tuple[Case, ...]:
             shape["H"] = shape["G"] * (1 + len(cases) % 4)
             shape["R"] = shape["D"] // (1 + len(cases) % 2) // 2 * 2
             cases.append(Case(f"{pairing}-{name}", shape, {"pairing": pairing}))
+        dims = {"S": 8, "G": 2, "H": 4, "D": 16, "seqs": ((20, 6), (19, 1)), "L": 17}
+        cases.append(Case(f"{pairing}-past-the-angles", dims, {"pairing": pairing}))
     return tuple(cases)
 
 
@@ -138,6 +148,8 @@ ROPE_KV_APPEND = Op(
         Mutant("q_not_rotated", changed_output(reference, "q", lambda q, i: i["q"])),
         Mutant("k_and_v_swapped", changed_inputs(reference, lambda i: {"k": i["v"], "v": i["k"]})),
         Mutant("block_table_ignored", changed_inputs(reference, table_ignored)),
+        Mutant("lost_page_wrapped", changed_inputs(reference, lost_wrapped)),
+        Mutant("unknown_sequence_is_last", changed_inputs(reference, unknown_sequence_is_last)),
         Mutant("padding_row_written", changed_inputs(reference, padding_taken)),
     ),
     decompose=decompose,

@@ -54,7 +54,12 @@ def uniform(rng: Array, word: int = 0, rounds: int = 10) -> Array:
 
 
 def _is_greedy(x: Array, temperature: float) -> bool:
-    return not (temperature > 0 and np.isfinite(x.max(initial=-np.inf)))
+    return not (0 < temperature < np.inf and np.isfinite(x.max(initial=-np.inf)))
+
+
+def _count(top_k: float) -> int:
+    """top_k as a number of tokens, 0 for none: what float32 holds may also be a fraction, infinite or NaN."""
+    return int(np.nan_to_num(top_k, nan=0.0, posinf=0.0, neginf=0.0))
 
 
 def _masses(x: Array, temperature: float) -> Array:
@@ -83,7 +88,7 @@ def _min_p(mass: Array, share: float) -> Array:
 
 def keep(x: Array, params: Array) -> Array:
     """Masses [V] of the tokens that may be drawn, 0 for the others."""
-    mass = _top_k(_masses(x, params[TEMPERATURE]), x, int(params[TOP_K]))
+    mass = _top_k(_masses(x, params[TEMPERATURE]), x, _count(params[TOP_K]))
     return _min_p(_top_p(mass, params[TOP_P]), params[MIN_P])
 
 
@@ -130,7 +135,7 @@ def _allowed(x: Array, params: Array, numerics: Numerics) -> tuple[Array, Array,
     A mass is off by exp's own error and that of its argument; tokens of less than exp(-40) count for nothing. Sums are
     off by gamma(depth). Thresholds are compared with masses moved by that much towards and away from them.
     """
-    temperature, k, top_p, min_p = params[TEMPERATURE], int(params[TOP_K]), params[TOP_P], params[MIN_P]
+    temperature, k, top_p, min_p = params[TEMPERATURE], _count(params[TOP_K]), params[TOP_P], params[MIN_P]
     mass = _masses(x, temperature)
     off = (2 * numerics.function_ulp + 6 * (2 * abs(x.max()) / temperature + 40) + 2) * U32
     near = (1 - off) / (1 + off)
@@ -198,7 +203,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
     elif case.fill == "masked":
         x[rng.random(x.shape) < 0.5] = -np.inf
         x[rng.random(x.shape) < 0.1] = np.nan
-        x[1] = -np.inf
+        x[1], x[2, 5] = -np.inf, np.inf
     rows = np.array(d["params"], np.float32).reshape(-1, 4)
     state = rng.integers(0, 2**32, (d["T"], 2), dtype=np.uint32)
     state[0, 1], state[-1, 1] = 0, 2**32 - 1
@@ -216,6 +221,14 @@ def _case(name: str, params: Any, t: int = 24, v: int = 123, fill: str = "normal
 _MIXED = ((0.0, 0, 1.0, 0.0), (0.7, 0, 1.0, 0.0), (1.0, 7, 0.9, 0.05), (1.5, 40, 1.0, 0.1), (1.0, 0, 0.5, 0.0))
 
 
+# What a caller should not give, and a kernel must not trip over.
+_STRANGE = (
+    (1.0, 0.5, 1.0, 0.0), (1.0, 2.5, 1.0, 0.0), (1.0, -3, 1.0, 0.0), (1.0, np.inf, 1.0, 0.0), (1.0, np.nan, 1.0, 0.0),
+    (1.0, 0, -1.0, 0.0), (1.0, 0, np.nan, 0.0), (1.0, 0, 2.0, 0.0), (1.0, 0, 1.0, 7.0), (1.0, 0, 1.0, np.nan),
+    (np.nan, 0, 1.0, 0.0), (np.inf, 0, 1.0, 0.0), (-1.0, 0, 1.0, 0.0), (1e-38, 0, 1.0, 0.0),
+)  # fmt: skip
+
+
 def _cases() -> tuple[Case, ...]:
     return (
         _case("plain", (1.0, 0, 1.0, 0.0)),
@@ -229,6 +242,8 @@ def _cases() -> tuple[Case, ...]:
         _case("top-p-min-p", (1.5, 0, 0.8, 0.1)),
         _case("all", (0.8, 40, 0.95, 0.05)),
         _case("ties", (1.0, 30, 0.7, 0.0), fill="ties"),
+        _case("top-p-0-ties", (1.0, 0, 0.0, 0.0), fill="ties"),
+        _case("strange-params", _STRANGE, 2 * len(_STRANGE), fill="ties"),
         _case("masked", (1.0, 20, 0.9, 0.02), fill="masked"),
         _case("mixed-rows", _MIXED, 20),
         *(_case(f"mixed-{t}x{v}", _MIXED[2:], t, v) for t, v in ((1, 1), (3, 5), (5, 1000), (3, 4099), (1, 49157))),
@@ -256,7 +271,7 @@ def _column(index: int, change: Callable[[Array], Any]) -> Callable[[Inputs, Att
 def _top_p_of_everything(x: Array, params: Array) -> Array:
     """top_p's share taken of all mass instead of what top_k left."""
     everything = _masses(x, params[TEMPERATURE])
-    mass = np.minimum(_top_p(everything, params[TOP_P]), _top_k(everything, x, int(params[TOP_K])))
+    mass = np.minimum(_top_p(everything, params[TOP_P]), _top_k(everything, x, _count(params[TOP_K])))
     return _min_p(mass, params[MIN_P])
 
 
@@ -286,12 +301,13 @@ def _zeroed(column: int) -> Callable[[Array], Array]:
 SAMPLE = Op(
     name="sample",
     doc="ids[t] drawn from softmax(x[t] / temperature); params[t] is (temperature, top_k, top_p, min_p), rng[t] (seed, "
-    "counter). temperature <= 0, or a row whose largest logit is not finite: argmax (NaN counts as -inf). Tokens kept: "
-    "top_k > 0: those whose logit is at least the k-th largest; then top_p < 1: the smallest set {p >= threshold} of "
-    "these with at least top_p of their mass; then min_p > 0: those with p >= min_p times the largest. The most likely "
-    "token always stays. u = philox4x32-10(counter (counter, 0, 0, 0), key (seed, 0))[0] >> 8, times 2**-24; the token "
-    "is the first, in order of ids, at which the kept mass so far exceeds u times all kept mass (the last kept one if "
-    "rounding leaves none). Every row's counter goes up by one.",
+    "counter). A temperature that is not above 0 and finite, or a row whose largest logit is not finite: argmax (NaN "
+    "counts as -inf). Tokens kept: top_k >= 1: those whose logit is at least the k-th largest, k the whole part of "
+    "top_k; then top_p < 1: the smallest set {p >= threshold} of these with at least top_p of their mass; then min_p > "
+    "0: those with p >= min_p times the largest. The most likely token always stays. u = philox4x32-10(counter "
+    "(counter, 0, 0, 0), key (seed, 0))[0] >> 8, times 2**-24; the token is the first, in order of ids, at which the "
+    "kept mass so far exceeds u times all kept mass (the last kept one if rounding leaves none). Every row's counter "
+    "goes up by one.",
     params=(
         Param("x", ("tokens", "vocab")),
         Param("params", ("tokens", "4")),

@@ -53,7 +53,7 @@ def make_inputs(case: Case) -> dict[str, Any]:
     spread = 0.001 if case.fill == "small" else 2.0
     x = rng.standard_normal((d["T"], d["N"])) * spread * case.attrs.get("cap", 30.0)
     if case.fill == "extreme":
-        x = rng.choice([-1e30, -3e3, 0.0, 3e3, 1e30], x.shape)
+        x = rng.choice([-np.inf, -1e30, -3e3, 0.0, 3e3, 1e30, np.inf, np.nan], x.shape)
     return {"x": x.astype(np.float32)}
 
 

@@ -29,8 +29,8 @@ Progress = Callable[[str, int, int], None]  # (what, done, total): compile and p
 class DeviceInfo:
     """One device a provider can open. `memory_bytes` 0: unknown; otherwise a model that does not fit is refused.
 
-    All of it goes into conformance reports: `driver` is the version of what runs the kernels, `detail` what else decides
-    how they behave (firmware, clock, ISA).
+    All of it goes into conformance reports: `driver` is the version of what runs the kernels, `detail` what else
+    decides how they behave (firmware, clock, ISA).
     """
 
     name: str
@@ -64,9 +64,9 @@ class Kernel:
 class DeviceTensor:
     """A tensor of a call: a view into a buffer that `alloc` returned.
 
-    `offset` and `row_stride` (between entries of the first axis; the others are dense) count elements, not bytes. Callers
-    always give the stride, also of dense tensors. Neither is aligned to more than an element. For weights `buffer` is
-    what `pack` returned, and offset and stride mean nothing.
+    `offset` and `row_stride` (between entries of the first axis; the others are dense) count elements, not bytes.
+    Callers always give the stride, also of dense tensors. Neither is aligned to more than an element. For weights
+    `buffer` is what `pack` returned, and offset and stride mean nothing.
     """
 
     buffer: Buffer
@@ -119,10 +119,10 @@ class Backend(Protocol):
     device     what was opened
     page_size  tokens per KV-cache page this device likes best; `attention` is tried with others as well
     supports   Kernel if `bind` would accept a call of this signature, else why not; launches nothing
-    alloc      uninitialised device memory for a dense tensor. There is no `free`: it goes with the last reference to the
-               handle (weakref.finalize) or with `close`, as does a packed weight
-    write/read host -> device and back, synchronous, `offset` in elements of the buffer's dtype; `array` is contiguous and
-               of that dtype, what `read` returns is a copy
+    alloc      uninitialised device memory for a dense tensor. There is no `free`: it goes with the last reference to
+               the handle (weakref.finalize) or with `close`, as does a packed weight
+    write/read host -> device and back, synchronous, `offset` in elements of the buffer's dtype; `array` is contiguous
+               and of that dtype, what `read` returns is a copy
     pack       a weight in whatever layout this device's kernels want; the host copy may go away afterwards. Called only
                for what `supports` accepted in some call
     bind       a launch with all arguments set

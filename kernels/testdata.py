@@ -8,6 +8,9 @@
 "zeros"    one block of activations and the scales of one block of weights are 0 (a scale to divide by that is 0)
 "small"    normal, a thousandth of the size (an epsilon beside the mean square shows)
 "last"     normal, with the last channel twenty times larger (a tail left out shows, in int8 too)
+"extreme"  activations of one size and, row by row, one sign; quants all of one pattern, row by row (sums of integers
+           reach the largest there are)
+"nan"      normal, with one NaN in the last row
 """
 
 from __future__ import annotations
@@ -26,7 +29,12 @@ def activations(rng: np.random.Generator, tokens: int, features: int, fill: str)
         x[:, ::32] = rng.choice([-127.0, 127.0], (tokens, -(-features // 32)))
         return x
     x = rng.standard_normal((tokens, features), dtype=np.float32)
-    if fill == "outlier":
+    if fill == "extreme":
+        x = np.full_like(x, 3.0)
+        x[1::2] = -3.0
+    elif fill == "nan":
+        x[-1, features // 3] = np.nan
+    elif fill == "outlier":
         x[:, int(rng.integers(features))] *= 1000
     elif fill == "cancel":
         half = features // 2
@@ -72,6 +80,9 @@ def random_weight(rng: np.random.Generator, name: str, out_features: int, in_fea
                 data[:, -1:] = 0
         elif field.kind == "subscale" and field.dtype == "i1":
             data = rng.integers(-16, 17, shape).astype("i1")
+        elif field.kind in ("quants", "high") and fill == "extreme":
+            patterns = np.array([0x00, 0xFF, 0x80, 0x7F], np.uint8)
+            data = np.broadcast_to(patterns[np.arange(out_features) % 4, None, None], shape).copy()
         else:
             continue
         blocks[:, :, field.offset : field.offset + field.nbytes] = data.view(np.uint8).reshape(*shape[:2], field.nbytes)

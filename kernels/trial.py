@@ -92,26 +92,36 @@ class Trial:
         launch = backend.bind(BoundCall(self.op.name, tensors, self.signature.attrs, self.case.name))
         return placed, backend.capture([launch])
 
-    def killed(self, mutants: Iterable[Mutant]) -> list[Mutant]:
-        """The mutants that this case rejects.
+    def tell(self, mutants: Iterable[Mutant]) -> dict[str, bool]:
+        """Mutant -> whether this case rejects it. Those that do here just what the reference does are left out.
 
         They compute in float32 like a kernel (some are wrong only there: exp without its shift overflows). So that none
         dies of rounding alone, the reference in float32 has to pass first.
         """
         mutants = list(mutants)
-        if not mutants or not self._accepts(self.op.reference):
-            return []
-        return [mutant for mutant in mutants if not self._accepts(mutant.run)]
+        right = self._outputs(self.op.reference) if mutants else None
+        if right is None or self.judge(right).reason:
+            return {}
+        told: dict[str, bool] = {}
+        for mutant in mutants:
+            got = self._outputs(mutant.run)
+            if got is not None and not _same(got, right):
+                told[mutant.name] = bool(self.judge(got).reason)
+        return told
 
-    def _accepts(self, run: Any) -> bool:
+    def _outputs(self, run: Any) -> Outputs | None:
+        """What `run` computes in float32, as a kernel would store it (none may die of returning float64), or None."""
         try:
             with np.errstate(all="ignore"):
                 outputs: Outputs = run(self.inputs, self.signature.attrs)
         except Exception:  # noqa: BLE001 - a mutant that cannot take this case is not caught by it
-            return True
-        # As a kernel would store them: none may die of returning float64.
+            return None
         types = {name: NUMPY_DTYPES[self.signature.tensors[name].dtype] for name in outputs}
-        return not self.judge({name: np.asarray(value, types[name]) for name, value in outputs.items()}).reason
+        return {name: np.asarray(value, types[name]) for name, value in outputs.items()}
+
+
+def _same(a: Outputs, b: Outputs) -> bool:
+    return a.keys() == b.keys() and all(np.array_equal(bits_of(a[name]), bits_of(b[name])) for name in a)
 
 
 def _launch(backend: Backend, placed: list[Guarded], launch: Any) -> tuple[dict[str, Array], str]:

@@ -78,7 +78,7 @@ def build_parser() -> Parser:
         )
         command.add_arguments(sub)
         add_common(sub)
-        sub.set_defaults(run=command.run)
+        sub.set_defaults(run=command.run, parser=sub)
     return parser
 
 
@@ -113,12 +113,22 @@ def command_first(arguments: Sequence[str]) -> list[str]:
     return [DEFAULT, *arguments]
 
 
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options of one command line. Raises UsageError, with what `--help` to look at."""
+    args, unknown = build_parser().parse_known_args(command_first(arguments))
+    if unknown:
+        unquoted = args.parser.prog.endswith(f" {DEFAULT}") and not any(word.startswith("-") for word in unknown)
+        hint = "; put a prompt of several words in quotes" if unquoted else ""
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line (default: sys.argv) and return its exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in arguments
     try:
-        args = build_parser().parse_args(command_first(arguments))
+        args = parse(arguments)
         with remarks(debug), Output.open() as out:
             status = args.run(args, out)
     except SystemExit as stop:  # --help and --version

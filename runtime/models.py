@@ -12,6 +12,7 @@ import difflib
 import errno
 import hashlib
 import importlib.util
+import logging
 import os
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from ..kernels.errors import ModelError, UsageError
+from .progress import is_watched
 
 if TYPE_CHECKING:
     from ..kernels.spi import Progress
@@ -271,8 +273,10 @@ def _from_hub(text: str) -> Path:
         raise ModelError(
             f"{text}: needs huggingface_hub: pip install 'polykern[hub]', or pass a file: -m FILE"
         ) from error
-    if not sys.stderr.isatty():
+    if not is_watched():
         disable_progress_bars()
+    # It logs each of its retries; what comes of them is in the error.
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     owner, repository, file = parts
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))

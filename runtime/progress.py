@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -9,11 +10,16 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
 
 
+def is_watched() -> bool:
+    """Whether stderr is a terminal; it may also be closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 class ProgressBars:
     """A kernels.spi.Progress callback: one bar for each `what`; all are gone when the last is full.
 
-    Nothing is drawn, and rich is not even imported, unless stderr is a terminal. A callback that outlives its `with`
-    block still works (prefill programs are compiled when the first prompt needs them).
+    Nothing is drawn, and rich is not even imported, unless stderr is a terminal that can erase a line. A callback that
+    outlives its `with` block still works (prefill programs are compiled when the first prompt needs them).
 
         with ProgressBars() as progress:
             load(settings, progress=progress)
@@ -22,7 +28,7 @@ class ProgressBars:
     shown: ClassVar[ProgressBars | None] = None  # whoever draws on the terminal now
 
     def __init__(self) -> None:
-        self.enabled = sys.stderr is not None and sys.stderr.isatty()
+        self.enabled = is_watched() and os.environ.get("TERM") not in ("dumb", "unknown")
         self._bars: RichProgress | None = None
         self._tasks: dict[str, Any] = {}
 

@@ -139,7 +139,7 @@ class Session:
                 raise UsageError("the session was used for something else; this generation cannot go on")
             fed = token
 
-    def nll(self, ids: Sequence[int], *, by_step: bool = False) -> list[float]:
+    def nll(self, ids: Sequence[int], *, by_step: bool = False, progress: Progress | None = None) -> list[float]:
         """Negative log-likelihood (natural logarithm) of each token after the first, given those before it.
 
         Computed in chunks as a prompt is; `by_step` feeds the decode step, whose kernels may round differently.
@@ -153,6 +153,8 @@ class Session:
             wide -= wide.max(axis=1, keepdims=True)
             total = np.log(np.exp(wide).sum(axis=1))
             found += (total - wide[np.arange(len(wide)), targets]).tolist()
+            if progress:
+                progress("perplexity", len(found), len(known) - 1)
         return found
 
     def logits(self, ids: Sequence[int], *, by_step: bool = False) -> Array:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -19,6 +20,17 @@ from ..kernels.spi import Backend, BoundCall, Buffer, DeviceTensor, Launch, Prog
 from .plan import Plan, PlannedCall
 
 HostValue = Any  # Array | Weight, or a function that returns one
+
+
+@contextmanager
+def vendor_errors(backend: Backend, what: str) -> Generator[None]:
+    """Turns whatever a backend's own code raises into a DeviceError that names the backend and what it was doing."""
+    try:
+        yield
+    except PolykernError:
+        raise
+    except Exception as error:
+        raise DeviceError(f"{backend.name} failed {what}: {type(error).__name__}: {error}") from error
 
 
 def row_stride_of(view: View) -> int:
@@ -39,8 +51,9 @@ class Step:
 
     def run(self) -> None:
         """Enqueue the whole program; `read` or `Backend.synchronize` waits for it."""
-        for segment in self.segments:
-            segment()
+        with vendor_errors(self.backend, f"running {self.name}"):
+            for segment in self.segments:
+                segment()
 
     def write(self, name: str, array: Array, offset: int = 0) -> None:
         """Put `array` into a buffer of this program, from element `offset` on."""
@@ -146,7 +159,7 @@ class Executable:
             if spec.kind == "state":
                 self._check_declared(spec)
                 if spec.name not in self._device:
-                    self._device[spec.name] = (self.backend.alloc(TensorType(spec.shape, spec.dtype)), spec)
+                    self._device[spec.name] = (self._alloc(spec.name, TensorType(spec.shape, spec.dtype)), spec)
 
     def _check_declared(self, spec: BufferSpec) -> None:
         _, declared = self._device.get(spec.name, (None, spec))
@@ -164,18 +177,23 @@ class Executable:
         return value
 
     def _to_device(self, value: HostValue, spec: BufferSpec) -> Buffer:
-        if isinstance(value, Weight):
-            return self.backend.pack(value)
-        buffer = self.backend.alloc(TensorType(spec.shape, spec.dtype))
-        self.backend.write(buffer, np.ascontiguousarray(value))
-        return buffer
+        with vendor_errors(self.backend, f"packing {spec.name} {spec.dtype} {list(spec.shape)}"):
+            if isinstance(value, Weight):
+                return self.backend.pack(value)
+            buffer = self.backend.alloc(TensorType(spec.shape, spec.dtype))
+            self.backend.write(buffer, np.ascontiguousarray(value))
+            return buffer
+
+    def _alloc(self, name: str, kind: TensorType) -> Buffer:
+        with vendor_errors(self.backend, f"allocating {name} {kind}"):
+            return self.backend.alloc(kind)
 
     def _scratch_buffer(self, spec: BufferSpec) -> Buffer:
         """The scratch buffer of that name if it is large enough, or a new one (steps bound before keep theirs)."""
         buffer, kind = self._scratch.get(spec.name, (None, TensorType((0,), spec.dtype)))
         if kind.dtype != spec.dtype or math.prod(kind.shape) < math.prod(spec.shape):
             kind = TensorType(spec.shape, spec.dtype)
-            buffer = self.backend.alloc(kind)
+            buffer = self._alloc(spec.name, kind)
             self._scratch[spec.name] = (buffer, kind)
         return buffer
 
@@ -185,15 +203,8 @@ class Executable:
             for name, v in leaf.call.args.items()
         }
         label = leaf.call.label or leaf.call.op
-        try:
+        with vendor_errors(self.backend, f"binding {label}, which it had accepted as {leaf.kernel}"):
             return self.backend.bind(BoundCall(leaf.call.op, tensors, leaf.signature.attrs, label))
-        except PolykernError:
-            raise
-        except Exception as error:
-            raise DeviceError(
-                f"{self.backend.name} accepted {label} as {leaf.kernel} but could not bind it: "
-                f"{type(error).__name__}: {error}"
-            ) from error
 
     def _host_call(self, step: Step, leaf: PlannedCall) -> Launch:
         """The only place where a call runs on the host: read what it touches, run the reference, write back.

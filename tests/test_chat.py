@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from polykern.kernels.errors import ModelError, ModelFormatError, PolykernError, UsageError
 from polykern.runtime import chat
-from polykern.runtime.chat import CHATML, ChatTemplate, Conversation, Delta
+from polykern.runtime.chat import CHATML, ChatTemplate, Conversation, Delta, Renderer
 from polykern.runtime.gguf import GGUFFile
 from polykern.runtime.tokenizer import Tokenizer
 from vocabularies import byte_level
@@ -212,8 +212,8 @@ def test_the_longest_prompt() -> None:
 def test_a_process_that_dies_is_reported_and_replaced() -> None:
     template = ChatTemplate("{{ messages|length }}", bos_token="", eos_token="", path="m.gguf")
     assert template._ready is not None
-    template._ready.kill()
-    template._ready.wait()
+    template._ready.process.kill()
+    template._ready.process.wait()
     with pytest.raises(ModelError, match=r"m\.gguf: chat template: its process ended with status -9; use --raw"):
         template.render(HI)
     assert template.render(HI) == "1"
@@ -221,13 +221,14 @@ def test_a_process_that_dies_is_reported_and_replaced() -> None:
 
 def test_no_process_is_left_behind() -> None:
     templates = [ChatTemplate("", bos_token="", eos_token="") for _ in range(3)]
-    processes = [template._ready for template in templates]
+    processes = [template._ready.process for template in templates if template._ready]
     templates[0].close()
     templates[0].close()
     templates[1].render(HI)
     del templates
     gc.collect()
-    assert all(process is not None and process.returncode is not None for process in processes)
+    assert len(processes) == 3
+    assert all(process.returncode is not None for process in processes)
 
 
 def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,13 +241,27 @@ def test_no_process_can_be_started(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_interrupted_while_rendering() -> None:
     template = ChatTemplate("{% for i in range(10**5) %}" * 2 + "{% endfor %}" * 2, bos_token="", eos_token="")
-    process = template._ready
+    assert template._ready is not None
+    process = template._ready.process
     started = time.monotonic()
     threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         template.render(HI)
     assert time.monotonic() - started < 4
-    assert process is not None
+    assert process.returncode is not None
+
+
+def test_a_renderer_started_ahead() -> None:
+    """It renders the first time; one that nobody used ends with its last reference."""
+    renderer, unused = Renderer(), Renderer()
+    template = ChatTemplate("{{ messages|length }}", bos_token="", eos_token="", renderer=renderer)
+    assert template.render(HI) == "1"
+    assert renderer.process.returncode == 0
+    assert template.render(HI) == "1"
+    process = unused.process
+    assert process.poll() is None
+    del unused
+    gc.collect()
     assert process.returncode is not None
 
 
@@ -335,3 +350,19 @@ def test_what_the_cache_does_not_hold() -> None:
 def test_roles() -> None:
     with pytest.raises(UsageError, match="role 'tool' is not one of system, user, assistant"):
         Conversation(chatml()).append("tool", "x")
+
+
+def test_a_question_taken_back() -> None:
+    """After a refusal the conversation goes on as if it had not been asked."""
+    source = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('not that') }}{% endif %}"
+    template = ChatTemplate(source + "[{{ m.content }}]{% endfor %}", bos_token="", eos_token="", path="m.gguf")
+    conversation = Conversation(template)
+    conversation.append("user", "one")
+    assert conversation.render_delta() == Delta("[one]", reset=True)
+    conversation.append("assistant", "two")
+    conversation.append("user", "no")
+    with pytest.raises(ModelError, match="refused the conversation: not that"):
+        conversation.render_delta()
+    conversation.withdraw()
+    conversation.append("user", "three")
+    assert conversation.render_delta() == Delta("[one][two][three]", reset=True)

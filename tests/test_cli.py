@@ -1,4 +1,5 @@
-"""The command line: usage, error texts, exit statuses, help. What commands answer is in test_cli_answers.py."""
+"""The command line: usage, error texts, exit statuses, help. What commands answer is in test_cli_answers.py,
+conversations in test_cli_chat.py."""
 
 from __future__ import annotations
 
@@ -87,7 +88,13 @@ def test_run_is_the_default_command(given: list[str], expected: list[str]) -> No
         (["--precision", "half", "hi"], "argument --precision: invalid choice: 'half'"),
         (["--backend", "", "hi"], "argument --backend: expected a name, got an empty string"),
         (["--backend"], "argument --backend: expected one argument"),
-        (["--backned", "x", "hi"], "unrecognized arguments: --backned"),
+        (["--backned", "x", "hi"], "unrecognized arguments: --backned hi (see `runtime run --help`)"),
+        (
+            ["Why", "is", "the", "sky", "blue?"],
+            "unrecognized arguments: is the sky blue?; put a prompt of several words in quotes (see `runtime run",
+        ),
+        (["tokenize", "a", "b"], "unrecognized arguments: b (see `runtime tokenize --help`)"),
+        (["inspect", ""], "argument FILE: expected a name, got an empty string"),
         ([""], "PROMPT is empty"),
         (["caf\udce9"], "PROMPT is not valid UTF-8 (character 3)"),
         (["bench", "-r", "0"], "argument -r/--repetitions: expected a whole number from 1 to 10000, got '0'"),
@@ -309,7 +316,10 @@ def test_a_full_disk_behind_stdout(model: Path) -> None:
 
 def test_closed_standard_streams(model: Path) -> None:
     command = f"{' '.join(RUNTIME)} tokenize -m {model} hi"
-    for redirection, status in ((">&-", 0), ("2>&-", 0), ("<&-", 0)):
-        done = subprocess.run(f"{command} {redirection}", shell=True, cwd="/", capture_output=True, check=False)
-        assert done.returncode == status, (redirection, done.stderr)
-        assert b"Traceback" not in done.stderr
+    answer = f"{' '.join(RUNTIME)} --backend reference -m {model} --raw -n 2 hi"
+    for line in (command, answer):
+        for redirection in (">&-", "2>&-", "<&-", ">&- 2>&- <&-"):
+            done = subprocess.run(f"{line} {redirection}", shell=True, cwd="/", capture_output=True, check=False)
+            assert done.returncode == 0, (line, redirection, done.stderr)
+            assert b"Traceback" not in done.stderr
+            assert bool(done.stdout) == (">&-" not in redirection.split())

@@ -1,22 +1,18 @@
-"""What the commands answer, on a tiny model: JSON documents field by field, text, interrupts, conversations."""
+"""What the commands answer, on a tiny model: JSON documents field by field, and text."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import pty
-import select
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from polykern.runtime.cli import main
+from polykern.runtime.session import Session
+from polykern.runtime.tokenizer import Tokenizer
 from tiny_llama import valid_llama_gguf
 
 RUNTIME = (sys.executable, "-m", "polykern.runtime")
@@ -75,6 +71,21 @@ def test_sampling_repeats_with_its_seed(capsys: pytest.CaptureFixture[str], mode
 
     assert ids("1") == ids("1")
     assert ids("1") != ids("2")
+
+
+def test_ignore_eos_goes_on_to_the_limit(
+    capsys: pytest.CaptureFixture[str], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tiny model never ends by itself, so what it says first is declared an end."""
+    command = (*ON_REFERENCE, model, "--raw", "-n", "7", "in the world")
+    first = document(capsys, *command)["token_ids"][0]
+    ends = property(lambda self: frozenset({2, first}), lambda self, ids: None)
+    monkeypatch.setattr(Tokenizer, "eos_ids", ends, raising=False)
+    for greedy in ((), ("--temp", "0.1")):
+        assert document(capsys, *command, *greedy)["token_ids"] == []
+        found = document(capsys, *command, *greedy, "--ignore-eos")["token_ids"]
+        assert len(found) == 7
+        assert not {2, first} & set(found)
 
 
 def test_prompt_from_stdin_loses_its_last_newline(model: str) -> None:
@@ -167,6 +178,49 @@ def test_perplexity_of_text_and_of_ids(capsys: pytest.CaptureFixture[str], model
         assert document(capsys, "perplexity", *ON_REFERENCE, model, "--ids", str(file)) == found
 
 
+def test_perplexity_by_step(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    """The same numbers token by token, here to the rounding of NumPy's sums."""
+    file = tmp_path / "ids.json"
+    file.write_text(json.dumps(list(range(5, 128))))
+    command = ("perplexity", *ON_REFERENCE, model, "--ids", str(file))
+    chunks, steps = document(capsys, *command), document(capsys, *command, "--by-step")
+    assert list(steps) == ["nll", "mean_nll", "perplexity"]
+    assert len(steps["nll"]) == 122
+    assert steps["nll"] == pytest.approx(chunks["nll"], abs=1e-3)
+    # two windows, each from an empty cache
+    short = document(capsys, *command, "--by-step", "--ctx", "100")
+    assert len(short["nll"]) == 99 + 22
+    assert short["nll"][:99] == pytest.approx(steps["nll"][:99], abs=1e-3)
+
+
+def test_perplexity_goes_through_the_step(
+    capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    plain = Session.nll
+
+    def spy(self: Session, ids: list[int], *, by_step: bool = False, **other: Any) -> list[float]:
+        asked.append(by_step)
+        return plain(self, ids, by_step=by_step, **other)
+
+    monkeypatch.setattr(Session, "nll", spy)
+    file = tmp_path / "ids.json"
+    file.write_text("[5, 6]")
+    assert answer(capsys, "perplexity", *ON_REFERENCE, model, "--ids", str(file)).startswith("1 token predicted,")
+    answer(capsys, "perplexity", *ON_REFERENCE, model, "--ids", str(file), "--by-step")
+    assert asked == [False, True]
+
+
+def test_a_context_of_1_predicts_nothing(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path) -> None:
+    file = tmp_path / "ids.json"
+    file.write_text("[5, 6, 7]")
+    command = ("perplexity", *ON_REFERENCE, model, "--ids", str(file), "--ctx")
+    assert len(document(capsys, *command, "2")["nll"]) == 1
+    assert main([*command, "1"]) == 1
+    line = "runtime: error: --ctx is 1; at least 2 tokens are needed to predict one from the other\n"
+    assert capsys.readouterr().err == line
+
+
 def test_perplexity_cuts_a_long_text_into_contexts(
     capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path
 ) -> None:
@@ -184,7 +238,7 @@ def test_perplexity_cuts_a_long_text_into_contexts(
         (b'{"text": "a"}', "expected a JSON list of token ids"),
         (b"[1, true]", "expected a JSON list of token ids"),
         (b"[1, -1]", "expected a JSON list of token ids"),
-        (b"[1]", "1 tokens; at least 2 are needed to predict one"),
+        (b"[1]", "1 token; at least 2 are needed to predict one"),
         (b"[1, 320]", "320"),
     ],
 )
@@ -248,6 +302,13 @@ def test_inspect(capsys: pytest.CaptureFixture[str], model: str, tmp_path: Path)
     assert found["problem"].startswith("architecture 'mamba' is not supported")
 
 
+def test_inspect_takes_a_name_as_other_commands_do(
+    capsys: pytest.CaptureFixture[str], model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("polykern.runtime.models.resolve", lambda name, progress: {"tiny": model}[name])
+    assert document(capsys, "inspect", "tiny")["path"] == model
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("POLYKERN_SECRET_OF_THIS_TEST", "seen")
@@ -301,118 +362,3 @@ def test_what_libraries_print_stays_off_stdout(model: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
     assert list(json.loads(done.stdout)) == ["ids"]
     assert done.stderr == "driver banner\npython banner\n"
-
-
-class Terminal:
-    """`runtime` with a terminal as stdin: type lines, read what it says."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.controller, terminal = pty.openpty()
-        self.process = subprocess.Popen(
-            [*RUNTIME, *arguments],
-            stdin=terminal,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            env={**os.environ, "TERM": "dumb"},
-        )
-        os.close(terminal)
-        self.said = ""
-
-    def type(self, line: str) -> None:
-        os.write(self.controller, line.encode())
-
-    def until(self, text: str, count: int = 1, seconds: float = 60) -> None:
-        """Read on until `text` was said `count` times."""
-        assert self.process.stdout is not None
-        end = time.monotonic() + seconds
-        while self.said.count(text) < count:
-            assert time.monotonic() < end, self.said
-            if select.select([self.process.stdout], [], [], 1)[0]:
-                data = os.read(self.process.stdout.fileno(), 65536)
-                assert data, self.said
-                self.said += data.decode()
-
-    def close(self) -> int:
-        try:
-            return self.process.wait(60)
-        finally:
-            self.process.kill()
-            os.close(self.controller)
-
-
-def test_chat(model: str) -> None:
-    terminal = Terminal(*ON_REFERENCE, model, "-n", "3")
-    terminal.until("> ")
-    for turn, line in enumerate(("/help", "hello", "and you", "/what", "/reset", "/system be brief", "hello"), start=2):
-        terminal.type(line + "\n")
-        terminal.until("> ", turn)
-    terminal.type("x" * 300 + "\n")
-    terminal.until("tokens, the context 256: /reset, or use --ctx")
-    terminal.type("/exit\n")
-    assert terminal.close() == 0
-    assert "/reset" in terminal.said
-    assert "unknown command /what" in terminal.said
-    assert "Traceback" not in terminal.said
-
-
-def test_chat_ends_with_its_input(model: str) -> None:
-    terminal = Terminal(*ON_REFERENCE, model)
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert terminal.close() == 0
-
-
-def test_interrupt_at_the_prompt_of_a_chat(model: str) -> None:
-    terminal = Terminal(*ON_REFERENCE, model)
-    terminal.until("> ")
-    for _ in range(10):  # again and again: Python may miss one between writing the prompt and waiting for the line
-        terminal.process.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            terminal.process.wait(5)
-            break
-    assert terminal.close() == 130
-    assert "Traceback" not in terminal.said
-
-
-def test_chat_has_no_json(capsys: pytest.CaptureFixture[str], model: str) -> None:
-    assert main([*ON_REFERENCE, model, "--json"]) == 2
-    assert capsys.readouterr().err == "runtime: error: --json needs a PROMPT\n"
-    assert main([*ON_REFERENCE, model, "--raw"]) == 2
-    assert capsys.readouterr().err == "runtime: error: --raw needs a PROMPT\n"
-
-
-# A reply that takes its time: each token of the tiny model is held back, and announced on stderr.
-SLOW = """
-import sys, time
-from polykern.runtime import cli, session
-plain = session.Session.generate
-def slow(self, *args, **kwargs):
-    for token in plain(self, *args, **kwargs):
-        yield token
-        print("token", file=sys.stderr, flush=True)
-        time.sleep(0.5)
-session.Session.generate = slow
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-@pytest.mark.parametrize("json_flag", [(), ("--json",)])
-def test_interrupt_keeps_what_was_said(capsys: pytest.CaptureFixture[str], model: str, json_flag: tuple[str]) -> None:
-    command = [*ON_REFERENCE, model, "--raw", "-n", "200", "in the world"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", SLOW, *command, *json_flag], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/"
-    )
-    assert process.stderr is not None
-    assert process.stderr.readline() == b"token\n"
-    process.send_signal(signal.SIGINT)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"Traceback" not in errors
-    text = out.decode()
-    if json_flag:
-        assert 1 <= len(json.loads(text)["token_ids"]) < 200
-    else:
-        whole = document(capsys, *command)["text"]
-        assert text.endswith("\n")
-        assert whole.startswith(text.removesuffix("\n"))

@@ -413,8 +413,19 @@ def test_a_case_list_that_is_too_short_lets_mutants_live() -> None:
 
 
 def test_mutants_count_only_against_supported_cases() -> None:
+    """One that is wrong only where a backend refuses judges nothing; one that is wrong elsewhere is still held to."""
     report = run(Changed(HOST, refuses=lambda s: "bias" in s.tensors), ops=["gemm"])
-    assert "bias_ignored" in {mutant.mutant for mutant in report.survivors}
+    assert [mutant.mutant for mutant in report.hidden] == ["bias_ignored"]
+    assert report.survivors == []
+    assert report.summary()["mutants"] - report.summary()["killed"] == 1
+    loose = Numerics("f32", 1 << 23)
+    report = run(Changed(HOST, numerics=loose, refuses=lambda s: s.tensors["w"].dtype != "F32"), ops=["gemm"])
+    assert [mutant.mutant for mutant in report.survivors] == ["bias_ignored"]
+    assert "w_min_dropped" in {mutant.mutant for mutant in report.hidden}
+
+
+def test_part_of_an_optional_op_is_no_worse_than_none_of_it() -> None:
+    assert run(Changed(HOST, refuses=lambda s: s.tensors["w"].dtype != "F32"), ops=["gemm_add"]).ok
 
 
 def test_an_op_with_its_own_check() -> None:

@@ -11,10 +11,22 @@ import pytest
 from gguf_image import Image, Key
 from polykern.backends.null import NullBackend
 from polykern.kernels.errors import ModelError, ModelFormatError, UsageError
-from polykern.kernels.spi import DeviceInfo
+from polykern.kernels.op import Signature
+from polykern.kernels.spi import DeviceInfo, Kernel, Unsupported
+from polykern.runtime import memory
 from polykern.runtime.config import ModelConfig
 from polykern.runtime.gguf import GGUFFile
-from polykern.runtime.load import bytes_per_token, check_memory, load, weight_bytes
+from polykern.runtime.load import load
+from polykern.runtime.memory import (
+    MIB,
+    PackingGuard,
+    bytes_per_token,
+    check_host_share,
+    check_memory,
+    weight_bytes,
+)
+from polykern.runtime.model import build_program
+from polykern.runtime.plan import plan
 from polykern.runtime.settings import Sampling, Settings
 from tiny_llama import llama_image
 from tiny_models import key, vector
@@ -287,6 +299,67 @@ def test_an_absurd_context_is_refused_before_it_is_allocated(write: Write) -> No
     path = write(llama_image(context=2**31 - 1))
     with pytest.raises(ModelError, match=r"--ctx 2147483647 takes 655360 MiB beside .*: --ctx \d+ fits"):
         load(Settings(path, backend="reference", ctx=2**31 - 1))
+
+
+def test_a_model_that_grows_too_large_while_it_is_packed(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference makes 4 bytes of each number; Q4_0 has 4.5 bits, so 64 MiB grow to 455 and the rest likewise."""
+    guard = PackingGuard(1024 * MIB, "m.gguf")
+    grown = 0
+    monkeypatch.setattr(memory, "anonymous_memory", lambda: 100 * MIB + grown)
+    monkeypatch.setattr(memory, "host_memory", lambda: 2984 * MIB)
+    guard.hand_out(64 * MIB)
+    grown = 455 * MIB  # less 256 for whatever else there may be: 3.1 bytes for one of the file
+    with pytest.raises(ModelError) as error:
+        guard.hand_out(64 * MIB)
+    assert str(error.value) == (
+        "m.gguf: 64 of 1024 MiB of weights are loaded, the rest would take 2985 MiB, this machine has 2984 MiB left:"
+        " take a smaller model, or a --backend that keeps weights packed (`runtime backends` lists them)"
+    )
+
+
+def test_a_model_that_fits_while_it_is_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little was seen yet; as large as in the file; and on a card, where this process does not grow at all."""
+    grown = 0
+    monkeypatch.setattr(memory, "anonymous_memory", lambda: 100 * MIB + grown)
+    for total, factor, available in ((63, 8, 0), (1024, 1, 1024), (1024, 0, 0)):
+        monkeypatch.setattr(memory, "host_memory", lambda left=available: left * MIB)
+        guard, grown = PackingGuard(total * MIB, "m.gguf"), 0
+        for _ in range(total):
+            guard.hand_out(MIB)
+            grown += factor * MIB
+
+
+def test_the_guard_watches_the_load(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "GUARD_AFTER_BYTES", 0)
+    monkeypatch.setattr(memory, "GUARD_SLACK_BYTES", 0)
+    monkeypatch.setattr(memory, "host_memory", lambda: 300_000)
+    seen = iter(range(0, 10**9, 100_000))
+    monkeypatch.setattr(memory, "anonymous_memory", lambda: next(seen))
+    with pytest.raises(ModelError, match="MiB of weights are loaded, the rest would take"):
+        load(Settings(write(llama_image()), backend="null"))
+
+
+def test_calls_on_the_host_need_room_for_their_weights(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Feed-forward matrices of two layers, 3 * 64 * 128 numbers each, unpacked to 4 bytes a number."""
+    config = ModelConfig.from_gguf(GGUFFile.open(write(llama_image())))
+    backend = NullBackend(DeviceInfo("picky"))
+    plain = backend.supports
+
+    def supports(signature: Signature) -> Kernel | Unsupported:
+        is_feed_forward = signature.op == "gemm_add" and signature.tensors["w"].shape == (64, 128)
+        refused = is_feed_forward or signature.op in ("gemm", "rms_norm_gemm_glu")
+        return Unsupported(signature.op, "too much") if refused else plain(signature)
+
+    monkeypatch.setattr(backend, "supports", supports)
+    made = plan(build_program(config, tokens=1, ctx=32, page_size=16), backend, "allow")
+    needed = 2 * 3 * 64 * 128 * 4
+    monkeypatch.setattr(memory, "host_memory", lambda: needed)
+    check_host_share(made, "m.gguf")
+    monkeypatch.setattr(memory, "host_memory", lambda: needed - 1)
+    with pytest.raises(
+        ModelError, match=r"^m\.gguf: \d+ calls that null refuses would run on the host and unpack 0 MiB"
+    ):
+        check_host_share(made, "m.gguf")
 
 
 # Settings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import subprocess
 import sys
 import zipfile
@@ -221,8 +222,10 @@ def test_hub_library_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utilities)
     assert resolve("hf:owner/repo/folder/file.gguf") == tmp_path / "folder/file.gguf"
     assert asked == [("owner/repo", "folder/file.gguf")]
+    logging.getLogger("huggingface_hub").setLevel(logging.NOTSET)
     with pytest.raises(ModelError, match=r"^hf:owner/repo/gone.gguf: RuntimeError: 404; or pass a file"):
         resolve("hf:owner/repo/gone.gguf")
+    assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)  # its retries
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

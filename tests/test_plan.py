@@ -482,8 +482,30 @@ def test_a_promise_that_bind_breaks() -> None:
     with pytest.raises(DeviceError) as error:
         load(backend, layer(1))
     assert str(error.value) == (
-        "null accepted embed as null.embedding but could not bind it: ZeroDivisionError: division by zero"
+        "null failed binding embed, which it had accepted as null.embedding: ZeroDivisionError: division by zero"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "text"),
+    [
+        ("pack", r"null failed packing \S+ Q\S+ \[\d+, 64\]: ZeroDivisionError: division by zero"),
+        ("alloc", r"null failed packing norm f32 \[64\]: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_a_backend_raises_while_loading_is_its_own_error(method: str, text: str) -> None:
+    backend = null()
+    setattr(backend, method, lambda *_: 1 / 0)
+    with pytest.raises(DeviceError, match=f"^{text}$"):
+        load(backend, layer(1))
+
+
+def test_what_a_launch_raises_is_the_backends_error() -> None:
+    backend = null()
+    backend.capture = lambda launches: lambda: 1 / 0  # type: ignore[method-assign,assignment,return-value]
+    _, (step,) = load(backend, layer(1))
+    with pytest.raises(DeviceError, match=r"^null failed running decode: ZeroDivisionError: division by zero$"):
+        step.run()
 
 
 def test_scratch_is_shared_where_it_is_large_enough() -> None:

@@ -22,6 +22,11 @@ GOOD = """
     class Plugin(NullProvider):
         order = {order}
 
+        def open(self, options):
+            backend = NullProvider.open(self, options)
+            backend.name = NAME
+            return backend
+
     provider = Plugin()
 """
 
@@ -83,7 +88,10 @@ FROZEN_V0 = """
 
 @pytest.fixture
 def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """install(distribution, name, code): a package on sys.path that registers a backend, as pip would leave it."""
+    """install(distribution, name, code): a package on sys.path that registers a backend, as pip would leave it.
+
+    `code` finds the name it is registered as in NAME.
+    """
     monkeypatch.delenv("POLYKERN_BACKENDS", raising=False)
 
     def install(distribution: str, name: str, code: str, *, metadata: str | None = None, site: str = "site") -> None:
@@ -91,7 +99,7 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
         folder = tmp_path / site
         info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
         info.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(textwrap.dedent(code))
+        (folder / f"{module}.py").write_text(f"NAME = {name!r}\n" + textwrap.dedent(code))
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
         entry = f"[polykern.backends]\n{name} = {module}:provider\n" if metadata is None else metadata
         (info / "entry_points.txt").write_text(entry)
@@ -160,8 +168,8 @@ def test_auto_takes_the_lowest_order_that_opens(install: Install) -> None:
     install("acme-slow", "slow", GOOD.format(order=-10), site="a")
     install("acme-fast", "fast", GOOD.format(order=-20) + "    Plugin.open = lambda self, options: boom\n", site="b")
     install("acme-never", "never", GOOD.format(order=None), site="c")
-    assert type(open_backend()).__name__ == "NullBackend"
-    assert type(open_backend("never")).__name__ == "NullBackend"
+    assert open_backend().name == "slow"
+    assert open_backend("never").name == "never"
 
 
 def test_auto_passes_the_options_on(install: Install) -> None:
@@ -172,6 +180,7 @@ def test_auto_passes_the_options_on(install: Install) -> None:
         + """
     def open(self, options):
         backend = NullProvider.open(self, options)
+        backend.name = NAME
         backend.options = options
         return backend
 
@@ -243,6 +252,39 @@ def test_open_that_returns_something_else(install: Install) -> None:
     assert type(open_backend()).__name__ != "Plugin"
 
 
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("name = 'null'", "open() returned Odd, whose name is 'null', but it is registered as 'npu'"),
+        ("device = 'npu0'", "open() returned Odd, whose device is str, expected DeviceInfo"),
+        ("page_size = 0", "open() returned Odd, whose page_size is 0, expected an int of at least 1"),
+        ("page_size = 16.0", "open() returned Odd, whose page_size is 16.0, expected an int of at least 1"),
+        ("page_size = property(lambda self: 1 / 0)", "looking at it failed: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_open_that_returns_a_backend_with_wrong_values(install: Install, line: str, text: str) -> None:
+    code = f"""
+    from polykern.backends.null import NullBackend
+    from polykern.kernels.spi import DeviceInfo
+
+    class Odd(NullBackend):
+        name, device, page_size = NAME, DeviceInfo("npu0"), 16
+        __init__ = lambda self: None
+        {line}
+    """
+    install("acme-npu", "npu", code + GOOD.format(order=-1) + "    Plugin.open = lambda self, options: Odd()\n")
+    with pytest.raises(BackendUnavailable) as error:
+        open_backend("npu")
+    assert str(error.value) == f"backend 'npu' is not available: {text}"
+    assert open_backend().name != "npu"
+
+
+def test_auto_is_no_name_for_a_plugin(install: Install) -> None:
+    install("acme-npu", "auto", GOOD.format(order=-1))
+    assert probe("auto").reason == "the name 'auto' means the first backend that opens: register another"
+    assert open_backend("auto").name in ("opencl", "reference")
+
+
 def test_no_devices(install: Install) -> None:
     install("acme-npu", "npu", GOOD.format(order=1) + "    Plugin.devices = lambda self: []\n")
     assert probe("npu").reason == "no device found"
@@ -268,7 +310,7 @@ def test_two_plugins_of_one_name(install: Install, monkeypatch: pytest.MonkeyPat
     assert [probe(e).reason for e in list_backends() if e.name == "npu"] == [claimed, claimed]
     monkeypatch.setenv("POLYKERN_BACKENDS", "other-npu")
     assert [e.distribution for e in list_backends() if e.name == "npu"] == ["other-npu"]
-    assert open_backend("npu").name == "null"
+    assert open_backend("npu").name == "npu"
 
 
 def test_plugin_cannot_take_our_name(install: Install) -> None:
@@ -283,7 +325,7 @@ def test_malformed_metadata_harms_nobody(install: Install) -> None:
     install("acme-npu", "npu", "", metadata="[polykern.backends]\nno equals sign\n")
     install("acme-ok", "ok", GOOD.format(order=None), site="b")
     assert reason("acme-npu").startswith("the entry_points.txt of acme-npu is malformed: ")
-    assert open_backend("ok").name == "null"
+    assert open_backend("ok").name == "ok"
 
 
 def test_allow_list(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...kernels.errors import BackendUnavailable, DeviceError
+from ...kernels.errors import BackendUnavailable, ContractError, DeviceError
+from ...kernels.host import dense_stride, span
 from ...kernels.op import NUMPY_DTYPES, Signature, TensorType
-from ...kernels.quant import Array, Weight
+from ...kernels.quant import FORMATS, Array, Weight
 from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
 from ..checks import check_call, check_signature, check_transfer
 from ..replay import launch_list
+from .formats import TILE_ROWS, tiles_of
 from .launch import Enqueue, Launches, OpKernel, ProgramSpec
 
 if TYPE_CHECKING:
     from .device import OpenedDevice
 
-TILE_ROWS = 32  # rows of a packed tile, as formats.h says
+# Kernels count in int, in steps of up to a tile.
+LONGEST_AXIS = 2**31 - 64
 
 
 def _kernels() -> dict[str, OpKernel]:
@@ -61,6 +64,10 @@ class OpenCLBackend:
         kernel = self._kernels.get(signature.op)
         if kernel is None:
             return Unsupported(signature.op, f"no OpenCL kernel for {signature.op} yet")
+        for name, kind in signature.tensors.items():
+            for axis, length in zip(found.param(name).axes, kind.shape, strict=True):
+                if length > LONGEST_AXIS:
+                    return Unsupported(signature.op, f"{axis} {length} > {LONGEST_AXIS}: kernels count in 32 bits")
         return Kernel(f"opencl.{kernel.programs(signature)[0].label}", kernel.numerics(signature))
 
     def prepare(self, signatures: Sequence[Signature]) -> None:
@@ -102,7 +109,7 @@ class OpenCLBackend:
         unit = np.dtype(np.uint32 if weight.format.name == "F32" else np.uint16)
         rows, row_bytes = weight.data.shape
         words = row_bytes // unit.itemsize
-        tiles = -(-rows // TILE_ROWS)
+        tiles = tiles_of(rows)
         buffer = self._buffer(tiles * TILE_ROWS * row_bytes, f"{weight.format.name} {list(weight.shape)}")
         whole = rows // TILE_ROWS
         with self._errors("packing a weight"):
@@ -122,9 +129,29 @@ class OpenCLBackend:
         op = check_call(call)
         call = BoundCall(call.op, call.tensors, op.with_defaults(call.attrs), call.label)
         kernel = self._kernels[call.op]
+        self._check_memory(call)
         self.prepare([call.signature])
         with self._errors(f"binding {call.label or call.op}"):
             return Launches(tuple(kernel.bind(self, call)))
+
+    def _check_memory(self, call: BoundCall) -> None:
+        """A ContractError unless every tensor lies in its buffer: a kernel that leaves it takes the process along."""
+        for name, tensor in call.tensors.items():
+            size = tensor.buffer.size
+            if tensor.dtype in FORMATS:
+                out_features, in_features = tensor.shape
+                fits = size >= tiles_of(out_features) * TILE_ROWS * FORMATS[tensor.dtype].row_bytes(in_features)
+            else:
+                end = tensor.offset + span(tensor.shape, tensor.row_stride)
+                overlaps = tensor.row_stride < dense_stride(tensor.shape)
+                fits = (
+                    tensor.offset >= 0 and not overlaps and end * np.dtype(NUMPY_DTYPES[tensor.dtype]).itemsize <= size
+                )
+            if not fits:
+                place = f"at {tensor.offset}, row stride {tensor.row_stride}"
+                raise ContractError(
+                    f"{call.label or call.op}: {name} {tensor.type} {place}, does not fit a buffer of {size} bytes"
+                )
 
     def capture(self, launches: Sequence[Launch]) -> Launch:
         flat: list[Launch] = []

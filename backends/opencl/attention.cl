@@ -1,6 +1,6 @@
 // attention over a paged KV cache [pages, G, S, D] (16-bit or 32-bit floats), one row of q [H, D] per token and head.
 //
-// Online softmax (arXiv:1805.02867) over blocks of 16 keys. -DD=head_dim -DKV_HALF|KV_FLOAT.
+// Online softmax (arXiv:1805.02867) over blocks of 16 keys. -DD=head_dim -DTILE=tokens -DKV_HALF|KV_FLOAT.
 
 #ifdef KV_HALF
 typedef half kv_t;
@@ -19,24 +19,36 @@ inline const __global kv_t *kv_row(const __global kv_t *pages, const __global in
   return pages + (((size_t)table[j / S] * G + g) * S + j % S) * D;
 }
 
+inline int first_key(int position, int window) { return window > 0 ? max(0, position - window + 1) : 0; }
+
+// Whether all keys that a query sees are in the cache of P pages: nothing else may be looked up.
+inline int has_keys(const __global int *table, int position, int window, int S, int max_pages, int P) {
+  if (position < 0 || position / S >= max_pages) return 0;
+  for (int i = first_key(position, window) / S; i <= position / S; i++)
+    if (table[i] < 0 || table[i] >= P) return 0;
+  return 1;
+}
+
+#define ATTENTION_INPUT                                                                                          \
+  __global const float *q, long q_offset, long q_stride, __global const kv_t *k_pages, long k_offset,            \
+      __global const kv_t *v_pages, long v_offset, __global const int *block_table, long table_offset,           \
+      long table_stride, __global const int *seq_ids, long seq_offset, __global const int *positions,            \
+      long position_offset, __global float *y, long y_offset, long y_stride, int H, int G, int S, int sequences, \
+      int max_pages, int P, float scale, float softcap, int window
+
 // Global size (T, H): one query each, keys as rows.
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(
-    __global const float *q, long q_offset, long q_stride, __global const kv_t *k_pages, long k_offset,
-    __global const kv_t *v_pages, long v_offset, __global const int *block_table, long table_offset, long table_stride,
-    __global const int *seq_ids, long seq_offset, __global const int *positions, long position_offset,
-    __global float *y, long y_offset, long y_stride, int H, int G, int S, float scale, float softcap, int window) {
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(ATTENTION_INPUT) {
   const int t = get_group_id(0), h = get_group_id(1), g = h / (H / G);
   const int seq = seq_ids[seq_offset + t], position = positions[position_offset + t];
   y += y_offset + t * y_stride + h * D;
-  if (seq < 0) {
-    for (int d = 0; d < D; d++) y[d] = 0.0f;
+  const __global int *table = block_table + table_offset + seq * table_stride;
+  if (seq < 0 || seq >= sequences || !has_keys(table, position, window, S, max_pages, P)) {
+    for (int d = 0; d < D; d++) y[d] = seq < 0 ? 0.0f : NAN;
     return;
   }
   q += q_offset + t * q_stride + h * D;
   k_pages += k_offset;
   v_pages += v_offset;
-  const __global int *table = block_table + table_offset + seq * table_stride;
-  const int first = window > 0 ? max(0, position - window + 1) : 0;
 #if CHUNKS
   float16 query[CHUNKS], sums[CHUNKS];
   for (int c = 0; c < CHUNKS; c++) {
@@ -49,7 +61,7 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(
   for (int d = 0; d < TAIL; d++) tail[d] = 0.0f;
 #endif
   float largest = -INFINITY, total = 0.0f;
-  for (int start = first; start <= position; start += 16) {
+  for (int start = first_key(position, window); start <= position; start += 16) {
     const int count = min(16, position + 1 - start);
     float scores[16];
     for (int j = 0; j < 16; j++) {
@@ -106,15 +118,10 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(
 
 // Many queries: TILE tokens of one head share each block of 16 keys, transposed once so that a key is a lane and a score
 // needs no horizontal sum. A tile may span sequences; each run of one sequence is done by itself.
-#define TILE 16
-
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_tiles(
-    __global const float *q, long q_offset, long q_stride, __global const kv_t *k_pages, long k_offset,
-    __global const kv_t *v_pages, long v_offset, __global const int *block_table, long table_offset, long table_stride,
-    __global const int *seq_ids, long seq_offset, __global const int *positions, long position_offset,
-    __global float *y, long y_offset, long y_stride, int H, int G, int S, float scale, float softcap, int window, int T) {
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_tiles(ATTENTION_INPUT, int T) {
   __local float keys[D * 16], values[16 * D], weights[TILE * 16];
   float largest[TILE], total[TILE];
+  int last[TILE];  // the last key that a query sees; -1 for one that lacks keys, whose result is then 0 / 0, a NaN
   const int h = get_group_id(1), g = h / (H / G);
   const int tile = get_group_id(0) * TILE, stop = min(T, tile + TILE);
   q += q_offset + h * D;
@@ -124,11 +131,16 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_tiles(
   seq_ids += seq_offset;
   positions += position_offset;
   for (int begin = tile, end; begin < stop; begin = end) {
-    const int seq = seq_ids[begin];
-    int low = positions[begin], high = positions[begin];
-    for (end = begin + 1; end < stop && seq_ids[end] == seq; end++) {
-      low = min(low, positions[end]);
-      high = max(high, positions[end]);
+    const int seq = seq_ids[begin], is_known = seq >= 0 && seq < sequences;
+    const __global int *table = block_table + table_offset + seq * table_stride;
+    int low = INT_MAX, high = -1;
+    for (end = begin; end < stop && seq_ids[end] == seq; end++) {
+      const int position = positions[end];
+      last[end - tile] = -1;
+      if (!is_known || !has_keys(table, position, window, S, max_pages, P)) continue;
+      last[end - tile] = position;
+      low = min(low, position);
+      high = max(high, position);
     }
     for (int t = begin; t < end; t++) {
       largest[t - tile] = -INFINITY;
@@ -136,12 +148,11 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_tiles(
       for (int d = 0; d < D; d++) y[t * y_stride + d] = 0.0f;
     }
     if (seq < 0) continue;
-    const __global int *table = block_table + table_offset + seq * table_stride;
-    const int first = window > 0 ? max(0, low - window + 1) : 0;
-    for (int start = first; start <= high; start += 16) {
-      // Slots past the last query's own hold whatever was there before: zeros, so that 0 * value is 0.
+    for (int start = first_key(low, window); start <= high; start += 16) {
+      // Slots past the last query's own hold whatever was there before, and between the windows of two queries there need
+      // not be a page: zeros, so that 0 * value is 0.
       for (int j = 0; j < 16; j++) {
-        if (start + j <= high) {
+        if (start + j <= high && table[(start + j) / S] >= 0 && table[(start + j) / S] < P) {
           const __global kv_t *key = kv_row(k_pages, table, start + j, g, G, S);
           const __global kv_t *value = kv_row(v_pages, table, start + j, g, G, S);
           for (int c = 0; c < CHUNKS; c++) {
@@ -172,7 +183,7 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_tiles(
           scores[3] = fma(key, (float16)(q3[d]), scores[3]);
         }
         for (int i = 0; i < 4 && t + i < end; i++) {
-          const int position = positions[t + i], r = t + i - tile;
+          const int r = t + i - tile, position = last[r];
           float16 s = scores[i] * scale;
           if (softcap > 0.0f) s = softcap * tanh(s / softcap);
           int16 seen = lane <= position;

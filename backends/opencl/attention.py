@@ -13,21 +13,21 @@ from .launch import FUNCTION_ULP, Enqueue, OpKernel, ProgramSpec, kv_define, pla
 if TYPE_CHECKING:
     from . import OpenCLBackend
 
-TILE = 16  # of attention.cl
+TILE = 16  # tokens that share each block of keys
 # Below this a tile is mostly empty, and transposing the keys for it costs more than it saves.
 TILED_FROM = 8
 
 
 def _program(signature: Signature) -> ProgramSpec:
     head_dim = signature.tensors["q"].shape[2]
-    return ProgramSpec(("lanes.h", "attention.cl"), (f"D={head_dim}", kv_define(signature)))
+    return ProgramSpec(("lanes.h", "attention.cl"), (f"D={head_dim}", kv_define(signature)), (f"TILE={TILE}",))
 
 
 def _numerics(signature: Signature) -> Numerics:
-    """Longest chain: the scores' head_dim, or one addition per block of 16 keys and its 16 in the value sums."""
+    """Longest chain: a score's head_dim, or the keys of a value sum one by one, rescaled once per block of 16."""
     table, pages = signature.tensors["block_table"].shape, signature.tensors["k_pages"].shape
     keys = table[1] * pages[2]
-    return Numerics("f32", max(signature.tensors["q"].shape[2], keys) + 16, "f32", FUNCTION_ULP)
+    return Numerics("f32", max(signature.tensors["q"].shape[2], keys + -(-keys // 16)), "f32", FUNCTION_ULP)
 
 
 def _local_bytes(head_dim: int) -> int:
@@ -37,12 +37,13 @@ def _local_bytes(head_dim: int) -> int:
 def _bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     signature, attrs = call.signature, call.attrs
     tokens, heads, head_dim = call.tensors["q"].shape
-    _, kv_heads, page_size, _ = call.tensors["k_pages"].shape
+    pages, kv_heads, page_size, _ = call.tensors["k_pages"].shape
+    sequences, max_pages = call.tensors["block_table"].shape
     scale = attrs["scale"] or head_dim**-0.5
     args: list[Any] = [
         *place(call.tensors["q"]), *start(call.tensors["k_pages"]), *start(call.tensors["v_pages"]),
         *place(call.tensors["block_table"]), *start(call.tensors["seq_ids"]), *start(call.tensors["positions"]),
-        *place(call.tensors["y"]), np.int32(heads), np.int32(kv_heads), np.int32(page_size),
+        *place(call.tensors["y"]), *map(np.int32, (heads, kv_heads, page_size, sequences, max_pages, pages)),
         np.float32(scale), np.float32(attrs["softcap"]), np.int32(attrs["window"]),
     ]  # fmt: skip
     program = _program(signature)

@@ -5,15 +5,16 @@
 // 64-byte cache line, a tile is one sequential stream, and the packed size is the file's. Rows past N are zeros.
 // Block layouts: ggml-common.h and ggml-quants.c of ggml-org/ggml at d99724f.
 //
+// From the format's declaration (formats.py, kernels/quant.py):
 //   BLOCK  weights per block           WORDS  16-bit words per block
-//   GROUP  weights per scale           BIAS   constant subtracted from a quant (0: none)
+//   GROUP  weights per scale
+//   LEVELS                   largest integer a block of 32 activations becomes
+// Defined here:
 //   HAS_MIN  the format adds a minimum per group
 //   SCALE(h, g), MIN(h, g)   float16: factor and addend of group g for half h (rows 16h .. 16h+15)
 //   EACH(g, F, FLUSH)        F(k, qa, qb) for the GROUP weights k of group g, as short16 of both halves, quants >= 0 or
-//                            with BIAS taken off; FLUSH before a sum of products with |x| <= LEVELS could leave 16 bits
-//   LEVELS                   largest integer a block of 32 activations becomes (FAST). 254 rather than int8's 127 where
-//                            there is room: the rounding error halves (mean |change of nll| per token of SmolLM2-135M
-//                            0.063 -> 0.042), sums are widened twice as often. Twice 127, so that integers stay integers.
+//                            centred; FLUSH before a sum of products with |x| <= LEVELS could leave 16 bits
+//   IS_FLOAT, FLOATS(k, h)   weights without blocks: float16 of column k
 #define W(i) vload16(0, p + (i) * 32)
 #define W2(i) vload16(0, p + (i) * 32 + 16)
 #define LANES(x) ((ushort16)(x))
@@ -32,18 +33,13 @@
 
 #if defined(FORMAT_Q4_0) || defined(FORMAT_Q4_1)
 // quants are at most 15: 8 products with |x| <= 254 stay within 30480
-#define BLOCK 32
-#define GROUP 32
 #define SCALE(h, g) HALF(0, h)
-#ifdef FORMAT_Q4_1
-#define WORDS 10
-#define FIRST 2
 #define HAS_MIN 1
+#ifdef FORMAT_Q4_1
+#define FIRST 2
 #define MIN(h, g) HALF(1, h)
 #else
-#define WORDS 9
 #define FIRST 1
-#define HAS_MIN 1
 #define MIN(h, g) (-8.0f * HALF(0, h))
 #endif
 #define EACH(g, F, FLUSH)               \
@@ -62,16 +58,12 @@
 
 #elif defined(FORMAT_Q5_0) || defined(FORMAT_Q5_1)
 // quants are at most 31: 4 products stay within 31496
-#define BLOCK 32
-#define GROUP 32
 #define SCALE(h, g) HALF(0, h)
 #define HAS_MIN 1
 #ifdef FORMAT_Q5_1
-#define WORDS 12
 #define HIGH 2
 #define MIN(h, g) HALF(1, h)
 #else
-#define WORDS 11
 #define HIGH 1
 #define MIN(h, g) (-16.0f * HALF(0, h))
 #endif
@@ -91,11 +83,7 @@
   }
 
 #elif defined(FORMAT_Q8_0)
-#define LEVELS 127.0f
 // quants reach -128: 2 products with |x| <= 127 stay within 32512, and one by one they cost 2.5 times as much
-#define BLOCK 32
-#define GROUP 32
-#define WORDS 17
 #define HAS_MIN 0
 #define SCALE(h, g) HALF(0, h)
 #define MIN(h, g) ((float16)(0.0f))
@@ -115,8 +103,6 @@
 #elif defined(FORMAT_Q4_K) || defined(FORMAT_Q5_K)
 // words: d, dmin, 12 bytes of 6-bit factors, (Q5_K: 32 bytes of high bits,) 128 bytes of nibbles. Bytes 32c .. 32c+31
 // hold group 2c in their low and group 2c + 1 in their high nibbles.
-#define BLOCK 256
-#define GROUP 32
 #define HAS_MIN 1
 #define SIX(i, h) BYTE(4 + (i), h)
 #define FACTOR(h, g) \
@@ -126,7 +112,6 @@
 #define SCALE(h, g) (HALF(0, h) * convert_float16(FACTOR(h, g)))
 #define MIN(h, g) (-HALF(1, h) * convert_float16(OFFSET(h, g)))
 #ifdef FORMAT_Q4_K
-#define WORDS 72
 #define TWO(F, g, j)                                                                             \
   {                                                                                              \
     const ushort16 va = W(8 + 16 * ((g) / 2) + (j)) >> LANES(4 * ((g) & 1));                     \
@@ -135,7 +120,6 @@
     F(2 * (j) + 1, as_short16(va >> LANES(8) & LANES(15)), as_short16(vb >> LANES(8) & LANES(15))) \
   }
 #else
-#define WORDS 88
 #define TWO(F, g, j)                                                                             \
   {                                                                                              \
     const ushort16 va = W(24 + 16 * ((g) / 2) + (j)) >> LANES(4 * ((g) & 1));                    \
@@ -157,9 +141,6 @@
 #elif defined(FORMAT_Q6_K)
 // words: 128 bytes of low nibbles, 64 of bit pairs, 16 int8 factors, d. Quants - 32 are at least -32: 4 products stay
 // within 32512.
-#define BLOCK 256
-#define GROUP 16
-#define WORDS 105
 #define HAS_MIN 0
 #define SCALE(h, g) (HALF(104, h) * convert_float16(as_short16(BYTE(192 + (g), h) << LANES(8)) >> (short16)(8)))
 #define MIN(h, g) ((float16)(0.0f))
@@ -181,19 +162,15 @@
 
 #elif defined(FORMAT_F16)
 #define IS_FLOAT 1
-#define WORDS 1
 #define FLOATS(i, h) vload_half16(0, (const __global half *)(p + (size_t)(i) * 32 + 16 * (h)))
 #elif defined(FORMAT_BF16)
 #define IS_FLOAT 1
-#define WORDS 1
 #define FLOATS(i, h) as_float16(convert_uint16(vload16(0, p + (size_t)(i) * 32 + 16 * (h))) << (uint16)(16))
 #elif defined(FORMAT_F32)
 // 32-bit words, transposed as such
 #define IS_FLOAT 1
-#define WORDS 2
 #define FLOATS(i, h) vload16(0, (const __global float *)p + (size_t)(i) * 32 + 16 * (h))
 #endif
 
-#ifndef LEVELS
-#define LEVELS 254.0f
-#endif
+// The packed tile t of a weight w with K columns.
+#define TILE_AT(w, t) ((w) + (size_t)(t)*WORDS * 32 * (K / BLOCK))

@@ -1,11 +1,10 @@
 // gemm: y = x @ w.T on packed tiles of 32 rows (formats.h). gemv for a few rows of x, gemm for many.
 //
+// -DADD and -DBIASED are flags, -DDEPTH the slice of K of `gemm`; see gemm.py.
+//
 // One work-item per work-group: a CPU runs a work-group on one thread, and explicit 16-wide vectors over the rows of a
 // tile beat what the compilers make of work-items (2-7 GB/s). Two halves of a tile share each broadcast of x: 12 -> 25
 // GB/s on a 2-core Zen 3 against 12 for one half.
-
-#define ADD 1  // add to y instead of writing it
-#define BIASED 2
 
 #ifdef FAST
 typedef short act_t;  // integers up to LEVELS; a broadcast of 16 bits needs no conversion
@@ -13,12 +12,7 @@ typedef short act_t;  // integers up to LEVELS; a broadcast of 16 bits needs no 
 typedef float act_t;
 #endif
 
-inline float16 activation(float16 x, int kind) {
-  if (kind == 1)  // gelu, tanh form (arXiv:1606.08415)
-    return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-  if (kind == 2) return 0.5f * x * (1.0f + erf(x * 0.7071067811865476f));
-  return x / (1.0f + exp(-x));  // silu
-}
+ACTIVATION(float16)
 
 // One row of x as the dot products want it: normalised if asked, and as integers with a scale per block of 32 (FAST) or as
 // floats. groups: scale and sum of each block, the sum being what a format's minimum is multiplied with.
@@ -37,12 +31,17 @@ inline void prepare_row(const __global float *x, const __global float *weight, i
     }
 #ifdef FAST
     const float largest = max16(fmax(fabs(a), fabs(b)));
-    const float scale = largest / LEVELS, inverse = largest > 0.0f ? LEVELS / largest : 0.0f;
+    // Numbers too small for an inverse count as zeros: the error bound allows 1e-30.
+    const float inverse = largest > 1e-35f ? LEVELS / largest : 0.0f;
     const float16 ra = rint(a * inverse), rb = rint(b * inverse);
     vstore16(convert_short16(ra), 0, act + k);
     vstore16(convert_short16(rb), 0, act + k + 16);
+    // A NaN has no integer, and fmax passes over it; an infinity makes `inverse` 0. Both make this sum NaN, and it the
+    // scale, so that no finite number comes out.
+    const float sum = sum16(ra + rb);
+    const float scale = largest / LEVELS + 0.0f * sum;
     groups[0] = scale;
-    groups[1] = scale * sum16(ra + rb);
+    groups[1] = scale * sum;
 #else
     vstore16(a, 0, act + k);
     vstore16(b, 0, act + k + 16);
@@ -155,11 +154,6 @@ inline void store_tile(float16 a, float16 b, __global float *y, const __global f
   }
 }
 
-#define TILE(w, t) ((w) + (size_t)(t)*WORDS * 32 * (K / BLOCK))
-#ifdef IS_FLOAT
-#define BLOCK 1
-#endif
-
 // What both gemv kernels begin with: their row of x, ready, and their tiles. `room` holds, per work-group, K act_t and
 // the groups behind them.
 #define BEGIN_GEMV(N)                                                                                        \
@@ -182,7 +176,7 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemv(
   BEGIN_GEMV(N)
   for (int tile = first; tile < min(tiles, first + chunk); tile++) {
     float16 a, b;
-    tile_dot(TILE(w, tile), act, groups, K, &a, &b);
+    tile_dot(TILE_AT(w, tile), act, groups, K, &a, &b);
     store_tile(a, b, y, bias + bias_offset, tile * 32, N, flags);
   }
 }
@@ -193,16 +187,15 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemv_glu(
   BEGIN_GEMV(N)
   for (int tile = first; tile < min(tiles, first + chunk); tile++) {
     float16 ga, gb, ua, ub;
-    tile_dot(TILE(gate, tile), act, groups, K, &ga, &gb);
-    tile_dot(TILE(up, tile), act, groups, K, &ua, &ub);
+    tile_dot(TILE_AT(gate, tile), act, groups, K, &ga, &gb);
+    tile_dot(TILE_AT(up, tile), act, groups, K, &ua, &ub);
     store_tile(activation(ga, kind) * ua, activation(gb, kind) * ub, y, y, tile * 32, N, 0);
   }
 }
 
-// Many rows of x: a tile's weights are turned into floats once per DEPTH of K (16 KiB, half of a Zen 3 L1) and used for
-// every row. Sums wait in `sums` [T, 32] between slices of K. 6 rows x 16 columns are 12 of the 16 vector registers of
-// AVX2, with two for the weights and one for x.
-#define DEPTH 128
+// Many rows of x: a tile's weights are turned into floats once per DEPTH of K and used for every row. Sums wait in `sums`
+// [T, 32] between slices of K. 6 rows x 16 columns are 12 of the 16 vector registers of AVX2, with two for the weights and
+// one for x.
 #define ROWS 6
 
 inline void unpack_slice(const __global ushort *p, __local float *slice, int start, int stop) {
@@ -247,7 +240,7 @@ inline void multiply_slice(const __global float *x, long x_stride, int T, const 
         s4 = fma(v, (float16)(x4[k]), s4);
         s5 = fma(v, (float16)(x5[k]), s5);
       }
-      __global float *out = sums + t * 32 + 16 * h;
+      __global float *out = sums + (size_t)t * 32 + 16 * h;
 #define ACCUMULATE(i, s)                                 \
   if (t + i < T) {                                       \
     if (!begin) s += vload16(0, out + (i)*32);           \
@@ -281,9 +274,9 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm(
   __local float slice[DEPTH * 32];
   const int tile = get_group_id(0);
   sums += (size_t)tile * T * 32;
-  tile_product(TILE(w, tile), x + x_offset, x_stride, T, K, slice, sums);
+  tile_product(TILE_AT(w, tile), x + x_offset, x_stride, T, K, slice, sums);
   for (int t = 0; t < T; t++)
-    store_tile(vload16(0, sums + t * 32), vload16(1, sums + t * 32), y + y_offset + t * y_stride, bias + bias_offset,
+    store_tile(vload16(2 * (size_t)t, sums), vload16(2 * (size_t)t + 1, sums), y + y_offset + t * y_stride, bias + bias_offset,
                tile * 32, N, flags);
 }
 
@@ -294,11 +287,12 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm_glu(
   const int tile = get_group_id(0);
   sums += (size_t)tile * T * 64;
   x += x_offset;
-  tile_product(TILE(gate, tile), x, x_stride, T, K, slice, sums);
-  tile_product(TILE(up, tile), x, x_stride, T, K, slice, sums + T * 32);
+  tile_product(TILE_AT(gate, tile), x, x_stride, T, K, slice, sums);
+  tile_product(TILE_AT(up, tile), x, x_stride, T, K, slice, sums + (size_t)T * 32);
+  const __global float *up_sums = sums + (size_t)T * 32;
   for (int t = 0; t < T; t++) {
-    const float16 a = activation(vload16(0, sums + t * 32), kind) * vload16(0, sums + (T + t) * 32);
-    const float16 b = activation(vload16(1, sums + t * 32), kind) * vload16(1, sums + (T + t) * 32);
+    const float16 a = activation(vload16(2 * (size_t)t, sums), kind) * vload16(2 * (size_t)t, up_sums);
+    const float16 b = activation(vload16(2 * (size_t)t + 1, sums), kind) * vload16(2 * (size_t)t + 1, up_sums);
     store_tile(a, b, y + y_offset + t * y_stride, y, tile * 32, N, 0);
   }
 }

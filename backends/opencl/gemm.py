@@ -7,13 +7,16 @@ through `gemm` (weights turned into floats once per 128 of K and used for all ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ...kernels.glu import KINDS
 from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS, QuantFormat
 from ...kernels.spi import BoundCall, DeviceTensor
+from .formats import TILE_ROWS, activation_levels, tiles_of, weight_program
 from .launch import ERF_ULP, FUNCTION_ULP, Enqueue, OpKernel, ProgramSpec, place, start
 
 if TYPE_CHECKING:
@@ -21,11 +24,12 @@ if TYPE_CHECKING:
 
 GEMV_ROWS = 4
 # Work-groups per compute unit: enough that a core that is late (another process, a slow page) is evened out.
-GROUPS_PER_UNIT = 8
-ADD, BIASED = 1, 2  # flags of gemm.cl
-LEVELS = {"Q8_0": 127}  # of formats.h; 254 for the others
-GLU_KINDS = {"silu": 0, "gelu_tanh": 1, "gelu_erf": 2}
-POINTWISE = ProgramSpec(("pointwise.cl",))
+GROUPS_PER_UNIT = 4
+ADD, BIASED = 1, 2  # flags of the kernels: add to y instead of writing it; there is a bias
+DEPTH = 128  # columns of a tile that `gemm` turns into floats at a time: 16 KiB, half of a Zen 3 L1
+GLU_KINDS = {kind: number for number, kind in enumerate(KINDS)}
+_KIND_NUMBERS = tuple(f"{kind.upper()}={number}" for kind, number in GLU_KINDS.items())
+POINTWISE = ProgramSpec(("activation.h", "pointwise.cl"), constants=_KIND_NUMBERS)
 RMS_NORM = ProgramSpec(("lanes.h", "rms_norm.cl"))
 
 
@@ -54,7 +58,9 @@ def _halves(signature: Signature) -> list[Signature]:
 def gemm_program(signature: Signature) -> ProgramSpec:
     fmt = _weight(signature)[0]
     fast = ("FAST",) if signature.attrs["precision"] == "fast" and not fmt.is_float else ()
-    return ProgramSpec(("lanes.h", "formats.h", "gemm.cl"), (f"FORMAT_{fmt.name}", *fast))
+    program = weight_program(fmt, "gemm.cl", "lanes.h", "activation.h", defines=fast)
+    numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"DEPTH={DEPTH}", *_KIND_NUMBERS)
+    return replace(program, constants=(*program.constants, *numbers))
 
 
 def programs(signature: Signature) -> list[ProgramSpec]:
@@ -76,11 +82,12 @@ def numerics(signature: Signature) -> Numerics:
     fmt, _, k = _weight(signature)
     norm = k // 16 + 20 if "weight" in signature.tensors else 0
     if _is_int8(signature):  # sums of a group are exact integers; two additions per group and the sum of a block
-        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, LEVELS.get(fmt.name, 254))
+        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, activation_levels(fmt))
     if signature.tensors["x"].shape[0] <= GEMV_ROWS:
         chain = k // 2 + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
         return Numerics("f32", max(norm, chain), "f32", ulp)
-    return Numerics("f32", max(norm, k + k // 128 + 2), "f32", ulp)
+    # One by one within a slice of DEPTH, then slice by slice.
+    return Numerics("f32", max(norm, min(k, DEPTH) + -(-k // DEPTH)), "f32", ulp)
 
 
 def bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
@@ -109,7 +116,7 @@ def _epilogue(call: BoundCall) -> tuple[tuple[Any, ...], np.int32]:
 def _bind_gemv(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
     _, n, k = _weight(signature)
     x, y = call.tensors["x"], call.tensors["y"]
-    rows, tiles = x.shape[0], -(-n // 32)
+    rows, tiles = x.shape[0], tiles_of(n)
     chunk = -(-tiles // (GROUPS_PER_UNIT * backend.opened.threads))
     size = (-(-tiles // chunk), rows)
     weight, weight_start, eps, offset = _norm(call)
@@ -164,9 +171,9 @@ def _bind_gemm(backend: OpenCLBackend, call: BoundCall, signature: Signature, ro
             )
         )
         x = (normed, np.int64(0), np.int64(k))
-    tiles = -(-n // 32)
+    tiles = tiles_of(n)
     has_glu = "w_gate" in call.tensors
-    sums = backend.scratch("sums", tiles * rows * 32 * 4 * (2 if has_glu else 1))
+    sums = backend.scratch("sums", tiles * TILE_ROWS * rows * 4 * (2 if has_glu else 1))
     dims = (np.int32(rows), np.int32(n), np.int32(k))
     if has_glu:
         gate, up = call.tensors["w_gate"].buffer, call.tensors["w_up"].buffer

@@ -27,10 +27,15 @@ ERF_ULP = 16.0
 
 @dataclass(frozen=True)
 class ProgramSpec:
-    """A program as files of this folder and preprocessor definitions; equal specs are built once."""
+    """A program as files of this folder and preprocessor definitions; equal specs are built once.
+
+    `constants` are definitions too: numbers that this folder's Python and its kernels share, the same in all programs
+    of one label, which therefore does not show them.
+    """
 
     files: tuple[str, ...]
     defines: tuple[str, ...] = ()
+    constants: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -39,7 +44,7 @@ class ProgramSpec:
     def source(self) -> tuple[str, list[str]]:
         """Whole source and options. No -cl-fast-relaxed-math: it gives exp and tanh errors no bound covers."""
         text = "\n".join(read_source(name) for name in self.files)
-        return text, ["-cl-std=CL1.2", *(f"-D{define}" for define in self.defines)]
+        return text, ["-cl-std=CL1.2", *(f"-D{define}" for define in (*self.defines, *self.constants))]
 
 
 @cache

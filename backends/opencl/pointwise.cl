@@ -11,12 +11,7 @@ __kernel void softcap(__global float *x, long x_offset, long x_stride, float cap
   x[at] = cap * tanh(x[at] / cap);
 }
 
-inline float activation(float x, int kind) {
-  if (kind == 1)  // gelu, tanh form (arXiv:1606.08415)
-    return 0.5f * x * (1.0f + tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
-  if (kind == 2) return 0.5f * x * (1.0f + erf(x * 0.7071067811865476f));
-  return x / (1.0f + exp(-x));
-}
+ACTIVATION(float)
 
 __kernel void glu(__global const float *gate, long gate_offset, long gate_stride, __global const float *up,
                   long up_offset, long up_stride, __global float *y, long y_offset, long y_stride, int kind) {

@@ -18,11 +18,13 @@ typedef float kv_t;
 #define SECOND(i) ((i) + R / 2)
 #endif
 
-// Element of the cache for token t, KV head g, or -1 if the token has none (padding, past the block table).
-inline long slot(const __global int *block_table, long table_stride, int max_pages, int seq, int position, int g, int G,
-                 int S, int D) {
-  if (seq < 0 || position < 0 || position / S >= max_pages) return -1;
-  return (((long)block_table[seq * table_stride + position / S] * G + g) * S + position % S) * D;
+// Element of a cache of P pages for KV head g of a token, or -1 if the token has no slot (padding, past the block table).
+inline long slot(const __global int *block_table, long table_stride, int sequences, int max_pages, int P, int seq,
+                 int position, int g, int G, int S, int D) {
+  if (seq < 0 || seq >= sequences || position < 0 || position / S >= max_pages) return -1;
+  const int page = block_table[seq * table_stride + position / S];
+  if (page < 0 || page >= P) return -1;
+  return (((long)page * G + g) * S + position % S) * D;
 }
 
 // Global size (T, H).
@@ -44,9 +46,9 @@ __kernel void kv_append(__global const float *k, long k_offset, long k_stride, _
                         long v_stride, __global const int *block_table, long table_offset, long table_stride,
                         __global const int *seq_ids, long seq_offset, __global const int *positions,
                         long position_offset, __global kv_t *k_pages, long k_pages_offset, __global kv_t *v_pages,
-                        long v_pages_offset, int max_pages, int S, int D) {
+                        long v_pages_offset, int sequences, int max_pages, int P, int S, int D) {
   const int t = get_global_id(0), g = get_global_id(1), G = get_global_size(1);
-  const long at = slot(block_table + table_offset, table_stride, max_pages, seq_ids[seq_offset + t],
+  const long at = slot(block_table + table_offset, table_stride, sequences, max_pages, P, seq_ids[seq_offset + t],
                        positions[position_offset + t], g, G, S, D);
   if (at < 0) return;
   k += k_offset + t * k_stride + g * D;
@@ -64,7 +66,8 @@ __kernel void rope_kv_append(__global float *q, long q_offset, long q_stride, __
                              __global const int *block_table, long table_offset, long table_stride,
                              __global const int *seq_ids, long seq_offset, __global const int *positions,
                              long position_offset, __global kv_t *k_pages, long k_pages_offset, __global kv_t *v_pages,
-                             long v_pages_offset, int H, int max_pages, int S, int D, int L, int R) {
+                             long v_pages_offset, int H, int sequences, int max_pages, int P, int S, int D, int L,
+                             int R) {
   const int t = get_global_id(0), h = get_global_id(1), G = get_global_size(1) - H;
   const int position = positions[position_offset + t];
   if (position < 0) return;
@@ -80,7 +83,8 @@ __kernel void rope_kv_append(__global float *q, long q_offset, long q_stride, __
     return;
   }
   const int g = h - H;
-  const long at = slot(block_table + table_offset, table_stride, max_pages, seq_ids[seq_offset + t], position, g, G, S, D);
+  const long at = slot(block_table + table_offset, table_stride, sequences, max_pages, P, seq_ids[seq_offset + t],
+                       position, g, G, S, D);
   if (at < 0) return;
   k += k_offset + t * k_stride + g * D;
   v += v_offset + t * v_stride + g * D;

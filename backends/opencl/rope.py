@@ -29,28 +29,32 @@ def _bind_rope(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
 
 
 def _cache(call: BoundCall) -> tuple[object, ...]:
-    """Arguments for where keys and values go."""
+    """Arguments for where keys and values go; `_cache_sizes` come behind them."""
     return (
         *place(call.tensors["block_table"]), *start(call.tensors["seq_ids"]), *start(call.tensors["positions"]),
         *start(call.tensors["k_pages"]), *start(call.tensors["v_pages"]),
     )  # fmt: skip
 
 
+def _cache_sizes(call: BoundCall) -> tuple[int, ...]:
+    """Sequences and pages of the block table, pages of the cache, page size."""
+    pages, _, page_size, _ = call.tensors["k_pages"].shape
+    return (*call.tensors["block_table"].shape, pages, page_size)
+
+
 def _bind_kv_append(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     k, v = call.tensors["k"], call.tensors["v"]
     tokens, kv_heads, head_dim = k.shape
-    sizes = (call.tensors["block_table"].shape[1], call.tensors["k_pages"].shape[2], head_dim)
-    args = (*place(k), *place(v), *_cache(call), *map(np.int32, sizes))
+    args = (*place(k), *place(v), *_cache(call), *map(np.int32, (*_cache_sizes(call), head_dim)))
     return [backend.enqueue(_program(call.signature), "kv_append", (tokens, kv_heads), None, *args)]
 
 
 def _bind_both(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     q, k, v, table = (call.tensors[name] for name in ("q", "k", "v", "cos_sin"))
     tokens, heads, head_dim = q.shape
-    pages = call.tensors["k_pages"].shape
-    sizes = (heads, call.tensors["block_table"].shape[1], pages[2], head_dim, *table.shape)
+    sizes = (heads, *_cache_sizes(call), head_dim, *table.shape)
     args = (*place(q), *place(k), *place(v), *place(table), *_cache(call), *map(np.int32, sizes))
-    size = (tokens, heads + pages[1])
+    size = (tokens, heads + k.shape[1])
     return [backend.enqueue(_program(call.signature), "rope_kv_append", size, None, *args)]
 
 

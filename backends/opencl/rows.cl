@@ -1,10 +1,5 @@
 // embedding and dequantize: rows of a packed weight (formats.h) as floats.
 
-#ifdef IS_FLOAT
-#define BLOCK 1
-#define GROUP 1
-#endif
-
 // The 32 rows of a tile at weights group * GROUP .. + GROUP, as slice[k, row].
 inline void unpack_group(const __global ushort *p, int group, float *slice) {
 #ifdef IS_FLOAT
@@ -21,8 +16,6 @@ inline void unpack_group(const __global ushort *p, int group, float *slice) {
 #endif
 }
 
-#define TILE_AT(t) (w + (size_t)(t)*WORDS * 32 * (K / BLOCK))
-
 // Global size (groups of K, tokens).
 __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void embedding(
     __global const int *token_ids, long ids_offset, __global const ushort *w, __global float *y, long y_offset,
@@ -34,7 +27,7 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void embedding(
     return;
   }
   float slice[GROUP * 32];
-  unpack_group(TILE_AT(id / 32), group, slice);
+  unpack_group(TILE_AT(w, id / 32), group, slice);
   for (int k = 0; k < GROUP; k++) y[k] = slice[k * 32 + id % 32] * scale;
 }
 
@@ -43,7 +36,7 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void dequantize(__global
                                                                         long y_offset, long y_stride, int N, int K) {
   const int group = get_group_id(0), tile = get_group_id(1);
   float slice[GROUP * 32];
-  unpack_group(TILE_AT(tile), group, slice);
+  unpack_group(TILE_AT(w, tile), group, slice);
   for (int r = 0; r < 32 && tile * 32 + r < N; r++)
     for (int k = 0; k < GROUP; k++)
       y[y_offset + (tile * 32 + r) * y_stride + group * GROUP + k] = slice[k * 32 + r];

@@ -9,6 +9,7 @@ import numpy as np
 from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS
 from ...kernels.spi import BoundCall
+from .formats import tiles_of, weight_program
 from .launch import Enqueue, OpKernel, ProgramSpec, place, start
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def _program(signature: Signature) -> ProgramSpec:
-    return ProgramSpec(("formats.h", "rows.cl"), (f"FORMAT_{signature.tensors['w'].dtype}",))
+    return weight_program(FORMATS[signature.tensors["w"].dtype], "rows.cl")
 
 
 def _groups(call: BoundCall) -> int:
@@ -33,7 +34,7 @@ def _embedding(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
 
 def _dequantize(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     weight, y = call.tensors["w"], call.tensors["y"]
-    size = (_groups(call), -(-weight.shape[0] // 32))
+    size = (_groups(call), tiles_of(weight.shape[0]))
     args = (weight.buffer, *place(y), *map(np.int32, weight.shape))
     return [backend.enqueue(_program(call.signature), "dequantize", size, (1, 1), *args)]
 

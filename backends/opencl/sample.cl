@@ -83,10 +83,10 @@ inline float mass(const __global float *p, int V, float threshold, int *kept_tok
   return sum16(sum);
 }
 
-// The largest threshold that still keeps `enough` (by number if by_count, else by sum): bisection over the bits of a
-// non-negative float, whose order is that of the numbers.
+// The largest threshold up to 1 that still keeps `enough` (by number if by_count, else by sum): bisection over the bits
+// of a non-negative float, whose order is that of the numbers.
 inline float threshold(const __global float *p, int V, float enough, int by_count, float least) {
-  uint low = as_uint(least), high = 0x7f800000u;
+  uint low = as_uint(least), high = as_uint(1.0f) + 1;
   int count;
   while (high - low > 1) {
     const uint middle = low + (high - low) / 2;
@@ -109,12 +109,13 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void sample(
   params += params_offset + t * params_stride;
   rng += rng_offset + t * rng_stride;
   p += (size_t)t * V;
-  const float temperature = params[0], top_k = params[1], top_p = params[2], min_p = params[3];
+  const float temperature = params[0], top_p = params[2], min_p = params[3];
+  const int top_k = convert_int_sat(params[1]);  // towards zero; NaN is 0
   const uint seed = rng[0], counter = rng[1];
   rng[1] = counter + 1;
   float top;
   const int best = row_argmax(x, V, &top);
-  if (!(temperature > 0.0f) || top == -INFINITY) {
+  if (!(temperature > 0.0f && temperature < INFINITY) || isinf(top)) {
     ids[ids_offset + t] = best;
     return;
   }
@@ -130,9 +131,10 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void sample(
   }
   float least = 0.0f;
   int kept;
-  if (top_k > 0.0f && top_k < V) least = threshold(p, V, top_k, 1, least);
+  // The largest probability is exp(0) = 1 here, so that a threshold above 1 would keep nothing.
+  if (top_k > 0 && top_k < V) least = threshold(p, V, top_k, 1, least);
   if (top_p < 1.0f) least = threshold(p, V, top_p * mass(p, V, least, &kept), 0, least);
-  if (min_p > 0.0f) least = fmax(least, min_p);  // the largest probability is exp(0) = 1 here
+  if (min_p > 0.0f) least = fmax(least, fmin(min_p, 1.0f));
   const float goal = (philox(counter, seed) >> 8) * 0x1p-24f * mass(p, V, least, &kept);
   float sum = 0.0f;
   int last = best;

@@ -46,8 +46,12 @@ def _lines(name: str, part: Any) -> list[str]:
         for backend in part:
             lines.append(f"{backend['name']}: {'available' if backend['available'] else backend['reason']}")
             lines += [f"  {d['index']}  {d['name']} ({d['driver']})" for d in backend["devices"]]
-            lines += [f"  {key}: {value}" for key, value in backend["versions"].items()]
+            lines += [f"  {key}: {_plain(value)}" for key, value in backend["versions"].items()]
         return lines
     if isinstance(part, list):
-        return [", ".join(f"{k} {v}" for k, v in item.items()) for item in part]
-    return [f"{key}: {value}" for key, value in part.items()] if isinstance(part, dict) else []
+        return [", ".join(f"{k} {v}" for k, v in item.items() if v is not None) for item in part]
+    return [f"{key}: {_plain(value)}" for key, value in part.items()] if isinstance(part, dict) else []
+
+
+def _plain(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

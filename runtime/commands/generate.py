@@ -9,11 +9,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from ...kernels.errors import ModelError, UsageError
-from ..output import Output
+from ...kernels.errors import ModelError, PolykernError, UsageError
+from ..output import Output, one_line
+from ..progress import is_watched
 from .options import add_session, number, open_session, text_argument, whole
 
 if TYPE_CHECKING:
+    from ..chat import Conversation, Renderer
     from ..session import Session
     from ..settings import Sampling
 
@@ -59,8 +61,9 @@ def run(args: Namespace, out: Output) -> int:
         prompt = prompt.removesuffix("\n")  # what `echo` and editors add is not part of the prompt
         if not prompt:
             raise UsageError("stdin is empty")
+    renderer = None if args.raw else start_renderer()
     with open_session(args) as session:
-        text = prompt if args.raw else as_question(prompt, session)
+        text = prompt if renderer is None else as_question(prompt, session, renderer)
         prompt_ids = session.tokenizer.encode(text)
         check_room(args.max_tokens, prompt_ids, session)
         reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args, session))
@@ -81,9 +84,16 @@ def sampling_from(args: Namespace, session: Session) -> Sampling:
     return Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.seed, frozenset(suppress))
 
 
-def as_question(prompt: str, session: Session) -> str:
+def start_renderer() -> Renderer:
+    """What will render the chat template, started before the model is loaded so that nobody waits for it."""
+    from ..chat import Renderer
+
+    return Renderer()
+
+
+def as_question(prompt: str, session: Session, renderer: Renderer) -> str:
     """`prompt` as the one message of a conversation, in the model's own chat format."""
-    conversation = new_conversation(session)
+    conversation = new_conversation(session, renderer=renderer)
     conversation.append("user", prompt)
     try:
         return conversation.render_delta().text
@@ -91,10 +101,10 @@ def as_question(prompt: str, session: Session) -> str:
         conversation.template.close()
 
 
-def new_conversation(session: Session, system: str | None = None) -> Any:
+def new_conversation(session: Session, system: str | None = None, renderer: Renderer | None = None) -> Conversation:
     from ..chat import ChatTemplate, Conversation
 
-    template = ChatTemplate.from_metadata(session.metadata, session.tokenizer, str(session.gguf_path))
+    template = ChatTemplate.from_metadata(session.metadata, session.tokenizer, str(session.gguf_path), renderer)
     return Conversation(template, system)
 
 
@@ -162,7 +172,7 @@ def document(session: Session, reply: Reply) -> dict[str, Any]:
 
 def report(session: Session, reply: Reply, defaulted: bool = False) -> None:
     """On a terminal, a last line on stderr: where it ran, how fast, and why it ended if not by itself."""
-    if not sys.stderr.isatty():
+    if not is_watched():
         return
     times = session.timings
     parts = [
@@ -192,8 +202,9 @@ def chat(args: Namespace, out: Output) -> int:
         raise UsageError(f"{'--json' if args.json else '--raw'} needs a PROMPT")
     if sys.stdin is None or not sys.stdin.isatty():
         raise UsageError("no PROMPT, and stdin is no terminal for a conversation: give a PROMPT, or - to read stdin")
+    renderer = start_renderer()
     with open_session(args) as session:
-        conversation, ids = new_conversation(session), list[int]()
+        conversation, ids = new_conversation(session, renderer=renderer), list[int]()
         Output.note(f"{session.backend.name}, {session.backend.device.name}; /help lists the commands")
         while (line := read_line()) is not None:
             command, _, rest = line.partition(" ")
@@ -216,27 +227,35 @@ def read_line() -> str | None:
         importlib.import_module("readline")  # gives input() line editing and history
     while True:
         try:
-            return input("> ").strip()
+            line = input("> ").strip()
+            line.encode()  # depending on the locale, bytes that are no UTF-8 come as lone surrogates instead
+            return line
         except EOFError:
             Output.note("")
             return None
-        except UnicodeDecodeError:
+        except UnicodeError:
             Output.note("that was not valid UTF-8; once more:")
 
 
 def take_turn(
-    line: str, conversation: Any, ids: list[int], session: Session, args: Namespace, out: Output
+    line: str, conversation: Conversation, ids: list[int], session: Session, args: Namespace, out: Output
 ) -> list[int]:
-    """One question and its answer; returns the ids of the whole conversation, as they stand in the KV cache."""
+    """One question and its answer; returns the ids of the whole conversation, as they stand in the KV cache.
+
+    A question that cannot be asked is named on stderr, and as if it had not been asked.
+    """
     conversation.append("user", line)
-    delta = conversation.render_delta()
-    prompt_ids = session.tokenizer.encode(delta.text, add_bos=None if delta.reset else False)
-    if not delta.reset:
-        prompt_ids = ids + prompt_ids
-    if len(prompt_ids) > session.ctx:
-        Output.note(f"the conversation has {len(prompt_ids)} tokens, the context {session.ctx}: /reset, or use --ctx")
-        conversation.messages.pop()
-        conversation.forget()
+    try:
+        delta = conversation.render_delta()
+        added = session.tokenizer.encode(delta.text, continuation=not delta.reset)
+        prompt_ids = added if delta.reset else ids + added
+        if len(prompt_ids) > session.ctx:
+            raise ModelError(
+                f"the conversation has {len(prompt_ids)} tokens, the context {session.ctx}: /reset, or use --ctx"
+            )
+    except PolykernError as error:
+        Output.note(one_line(str(error)))
+        conversation.withdraw()
         return []
     reply = Reply(session, prompt_ids, args.max_tokens or DEFAULT_TOKENS, sampling_from(args, session))
     reply.run(out.write)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...kernels.errors import ModelError, ModelFormatError
 from ..output import Output, one_line, size_text
-from .options import completes_files
+from .options import completes_files, name
 
 if TYPE_CHECKING:
     from ..gguf import GGUFFile
@@ -18,13 +18,19 @@ SHOWN = 8  # elements of an array
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    completes_files(parser.add_argument("file", metavar="FILE", help="a GGUF file"))
+    completes_files(
+        parser.add_argument("file", type=name, metavar="FILE", help="a GGUF file, or a model's name as for -m")
+    )
 
 
 def run(args: Namespace, out: Output) -> int:
     from ..gguf import GGUFFile
+    from ..models import resolve
+    from ..progress import ProgressBars
 
-    with GGUFFile.open(args.file) as gguf:
+    with ProgressBars() as progress:
+        path = resolve(args.file, progress)
+    with GGUFFile.open(path) as gguf:
         document = describe(gguf)
     if args.json:
         out.json(document)

@@ -21,6 +21,11 @@ def add_arguments(parser: ArgumentParser) -> None:
     completes_files(
         source.add_argument("--ids", metavar="FILE.json", help='token ids: a JSON list, or an object with a list "ids"')
     )
+    parser.add_argument(
+        "--by-step",
+        action="store_true",
+        help="one token at a time through the decode step, whose kernels may round differently; slower",
+    )
     add_session(parser)
 
 
@@ -47,6 +52,10 @@ def windows(ids: list[int], size: int) -> list[list[int]]:
     return [window for window in cut if len(window) > 1]
 
 
+def tokens(count: int) -> str:
+    return f"{count} token{'' if count == 1 else 's'}"
+
+
 def run(args: Namespace, out: Output) -> int:
     from ..progress import ProgressBars
 
@@ -56,12 +65,17 @@ def run(args: Namespace, out: Output) -> int:
     try:
         ids = session.tokenizer.encode(text) if given is None else given
         if len(ids) < 2:
-            raise ModelError(f"{args.file or args.ids}: {len(ids)} tokens; at least 2 are needed to predict one")
+            raise ModelError(f"{args.file or args.ids}: {tokens(len(ids))}; at least 2 are needed to predict one")
+        if session.ctx < 2:
+            raise ModelError(f"--ctx is {session.ctx}; at least 2 tokens are needed to predict one from the other")
         nll: list[float] = []
-        with ProgressBars() as progress:
+        with ProgressBars() as bars:
+
+            def progress(what: str, done: int, _: int) -> None:
+                bars(what, len(nll) + done, len(ids))
+
             for window in windows(ids, session.ctx):
-                progress("perplexity", len(nll), len(ids))
-                nll += session.nll(window)
+                nll += session.nll(window, by_step=args.by_step, progress=progress)
     finally:
         session.close()
     mean = math.fsum(nll) / len(nll)
@@ -69,5 +83,5 @@ def run(args: Namespace, out: Output) -> int:
     if args.json:
         out.json({"nll": nll, "mean_nll": mean, "perplexity": perplexity})
     else:
-        out.line(f"{len(nll)} tokens predicted, mean nll {mean:.5f}, perplexity {perplexity:.4f}")
+        out.line(f"{tokens(len(nll))} predicted, mean nll {mean:.5f}, perplexity {perplexity:.4f}")
     return 0
