@@ -9,7 +9,7 @@ DEVICE ?=
 NAME ?= $(BACKEND)
 ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
 
-.PHONY: help check static fmt lint types fast test bench support conformance
+.PHONY: help check static fmt lint types fast test faults bench support conformance
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -34,6 +34,9 @@ fast:            ## the tests that take seconds
 
 test:            ## all tests, as in the README
 	$(BIN)pytest
+
+faults:          ## try every planted fault of the OpenCL kernels against the suite (half an hour)
+	POLYKERN_ALL_FAULTS=1 $(BIN)pytest -q tests/test_opencl_faults.py
 
 bench:           ## time the default model on BACKEND (and DEVICE); writes bench/results/bench-$(NAME).json
 	@mkdir -p bench/results

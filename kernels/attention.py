@@ -212,8 +212,9 @@ def error_bound(inputs: Inputs, attrs: Attrs, outputs: Outputs, numerics: Numeri
 def make_inputs(case: Case) -> dict[str, Any]:
     """Random queries of standard deviation `q` (default 6), so that logits are peaky; unused slots are stale.
 
-    In a "lost" case some rows lack keys: the second sequence its first page, the third its second, and of the first
-    sequence some rows have an id or a position that is none.
+    Rows are ordered by sequence and position, but not in a "shuffled" case. In a "lost" case some rows lack keys: the
+    second sequence its first page, the third its second, and of the first sequence some rows have an id or a position
+    that is none.
     """
     rng, d = rng_for(case), case.dims
     dtype = NUMPY_DTYPES[d.get("kv", "f16")]
@@ -229,6 +230,9 @@ def make_inputs(case: Case) -> dict[str, Any]:
             cache[pages, :, slots % page_size] = rng.standard_normal((keys, kv_heads, head_dim))
         first += queries
     q = rng.standard_normal((len(batch["seq_ids"]), heads, head_dim)) * d.get("q", 6.0)
+    if d.get("shuffled"):
+        order = rng.permutation(len(q))
+        batch.update({name: batch[name][order] for name in ("seq_ids", "positions")})
     if d.get("lost"):
         table, seq_ids, positions = batch["block_table"], batch["seq_ids"], batch["positions"]
         second, third = seq_ids[sequences[0][1]], seq_ids[-1]
@@ -251,6 +255,7 @@ def _cases() -> tuple[Case, ...]:
         _case("decode-flat", ((300, 1),), q=0.01),
         _case("decode-huge-logits", ragged, q=60.0),
         _case("prefill", ((19, 19),)),
+        _case("prefill-shuffled", ((19, 12), (23, 7)), D=16, shuffled=True),
         _case("prefill-softcap", ((21, 12),), {"softcap": 20.0, "scale": 0.3}, D=16),
         _case("prefill-head-dim-20", ((19, 10), (9, 1)), H=4, D=20, kv="f32"),
         _case("prefill-chunk", ((40, 9), (5, 5), (23, 1)), pad=2),
@@ -273,6 +278,7 @@ def _cases() -> tuple[Case, ...]:
     for window in (1, 22, 23, 24):
         cases.append(_case(f"window-{window}-of-23", ((23, 1),), {"window": window}, H=8))
     cases.append(_case("window-ragged", ((40, 12), (7, 7), (16, 1)), {"window": 7}, S=5, pad=1, D=16))
+    cases.append(_case("window-shuffled", ((60, 40),), {"window": 4}, H=2, G=1, D=16, shuffled=True))
     cases.append(_case("window-softcap", ((70, 6),), {"window": 33, "softcap": 8.0, "scale": 0.2}))
     return tuple(cases)
 

@@ -106,8 +106,8 @@ def _cases() -> tuple[Case, ...]:
             attrs = {"precision": precision, "kind": kind}
             cases.append(Case(f"F16-{precision}-{kind}", {"T": 3, "N": 35, "K": 128, "format": "F16"}, attrs))
             cases.append(Case(f"Q4_0-{precision}-{kind}", {"T": 1, "N": 123, "K": 96, "format": "Q4_0"}, attrs))
-        wide = {"T": 2, "N": 8219, "K": 32, "format": "Q4_0"}
-        cases.append(Case(f"Q4_0-{precision}-wide", wide, {"precision": precision}))
+    wide = {"T": 2, "N": 8219, "K": 32, "format": "Q4_0"}
+    cases += [Case(f"Q4_0-{p}-wide", wide, {"precision": p}) for p in ("exact", "fast")]
     mixed = {"T": 2, "N": 33, "K": 256, "format": "Q4_K", "up_format": "Q6_K"}
     cases += [Case(f"Q4_K-and-Q6_K-{p}", mixed, {"precision": p}) for p in ("exact", "fast")]
     return tuple(cases)

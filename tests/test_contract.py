@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from polykern.kernels.errors import ContractError
 from polykern.kernels.judge import judge
-from polykern.kernels.op import NUMPY_DTYPES, Case, Inputs, Numerics, Op, Outputs, Signature, TensorType, fp64
+from polykern.kernels.op import NUMPY_DTYPES, Case, Inputs, Numerics, Op, Outputs, Signature, TensorType, fp64, type_of
 from polykern.kernels.ops import OPS, case_signature, fused_ops, primitive_ops, required_ops, small_cases
 from polykern.kernels.program import Call, View, decompose
 from polykern.kernels.quant import FORMATS, Array, Weight
@@ -226,7 +226,8 @@ def test_int8_activations_are_within_the_int8_bound_and_outside_the_float_one(na
             got = products["w"] + inputs.get("bias", np.float32(0)) + (inputs["y"] if name == "gemm_add" else 0)
         ratio, reason = verdict(op, row, {"y": got}, lanes16(op, signature))
         assert not reason, f"{case.name}: {reason}"
-        assert case.is_exact or ratio > 0
+        # "extreme": activations of one size are whole steps, and nothing is rounded
+        assert case.is_exact or case.fill == "extreme" or ratio > 0
         outside += bool(verdict(op, row, {"y": got}, Numerics(depth=serial_depth(op, signature)))[1])
     assert outside > 20
 
@@ -282,16 +283,14 @@ def _refusal(op: str, **replaced: Any) -> str:
     attrs = {k: v for k, v in replaced.items() if k in OPS[op].attrs}
     inputs = {**OPS[op].make_inputs(case), **{k: v for k, v in replaced.items() if k not in attrs}}
     with pytest.raises(ContractError) as error:
-        OPS[op].reference(inputs, OPS[op].with_defaults({**case.attrs, **attrs}))
+        OPS[op].signature({name: type_of(value) for name, value in inputs.items()}, {**case.attrs, **attrs})
     return str(error.value)
 
 
-def test_references_refuse_what_no_declaration_can_express() -> None:
+def test_calls_are_refused_for_what_axes_and_dtypes_cannot_express() -> None:
     assert _refusal("glu", kind="relu") == "glu: kind is 'relu', expected silu or gelu_tanh or gelu_erf"
     assert _refusal("rope", pairing="neox") == "rope: pairing is 'neox', expected interleaved or half"
     odd = np.zeros((50, 3), np.float32)
     assert _refusal("rope", cos_sin=odd).startswith("rope: 3 rotated dimensions of ")
     q = np.zeros((1, 7, 64), np.float32)
     assert _refusal("attention", q=q) == "attention: 7 query heads are no multiple of 2 kv heads"
-    beyond = {"positions": np.array([32], np.int32), "seq_ids": np.array([1], np.int32)}
-    assert _refusal("attention", **beyond) == "attention: position 32 of sequence 1, whose table holds 32 keys"
