@@ -8,12 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from polykern.backends.null import NullBackend
+from polykern.backends.reference import ReferenceBackend
 from polykern.kernels.errors import ContractError
-from polykern.kernels.judge import judge
+from polykern.kernels.judge import compare, judge
 from polykern.kernels.op import NUMPY_DTYPES, Case, Inputs, Numerics, Op, Outputs, Signature, TensorType, fp64, type_of
 from polykern.kernels.ops import OPS, case_signature, fused_ops, primitive_ops, required_ops, small_cases
 from polykern.kernels.program import Call, View, decompose
 from polykern.kernels.quant import FORMATS, Array, Weight
+from polykern.kernels.spi import DeviceInfo, Unsupported
 
 PER_OP = pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
 # Results that a float32 computation gets exactly as the float64 one: copies, integers, and dequantisation.
@@ -268,6 +271,14 @@ def kinds(**shapes: tuple[str, tuple[int, ...]]) -> dict[str, TensorType]:
             {},
             "attention: head_dim is 64 in q but 80 in k_pages",
         ),
+        ("add", kinds(x=("f32", (0, 3)), y=("f32", (0, 3))), {}, "add: tokens is 0 in x, expected at least 1"),
+        (
+            "gemm",
+            kinds(x=("f32", (2, 100)), w=("Q4_0", (5, 100))),
+            {},
+            "gemm: w: Q4_0: a row of 100 numbers does not fill whole blocks of 32",
+        ),
+        ("sample", kinds(params=("f32", (2, 3))), {}, "sample: params is [2, 3], expected [tokens, 4]"),
     ],
 )
 def test_calls_that_break_a_declaration_are_named(
@@ -294,3 +305,61 @@ def test_calls_are_refused_for_what_axes_and_dtypes_cannot_express() -> None:
     assert _refusal("rope", cos_sin=odd).startswith("rope: 3 rotated dimensions of ")
     q = np.zeros((1, 7, 64), np.float32)
     assert _refusal("attention", q=q) == "attention: 7 query heads are no multiple of 2 kv heads"
+
+
+X, PAGES = kinds(x=("f32", (2, 64))), kinds(k_pages=("f16", (9, 2, 16, 64)), v_pages=("f16", (9, 2, 16, 64)))
+NORM, PRODUCT = kinds(weight=("f32", (64,))), kinds(w=("Q4_0", (5, 64)))
+ROWS = kinds(block_table=("i32", (3, 4)), seq_ids=("i32", (2,)), positions=("i32", (2,)))
+Q, SIX_HEADS = {**kinds(q=("f32", (2, 7, 64))), **PAGES, **ROWS}, {**kinds(q=("f32", (2, 6, 64))), **PAGES, **ROWS}
+
+
+@pytest.mark.parametrize(
+    ("op", "tensors", "attrs", "problem"),
+    [
+        ("gemm", {**X, **PRODUCT}, {"precision": "fastest"}, "precision is 'fastest', expected exact or fast"),
+        ("rms_norm_gemm", {**X, **NORM, **PRODUCT}, {"eps": -1e-5}, "eps is -1e-05, expected at least 0"),
+        ("rms_norm", {**X, **NORM}, {"weight_offset": "1"}, "weight_offset is '1', expected a finite number"),
+        ("softcap", X, {"cap": float("nan")}, "cap is nan, expected a finite number"),
+        ("softcap", X, {"cap": 0}, "cap is 0, expected more than 0"),
+        ("attention", Q, {}, "7 query heads are no multiple of 2 kv heads"),
+        ("attention", SIX_HEADS, {"window": 1.5}, "window is 1.5, expected an integer"),
+        ("attention", SIX_HEADS, {"window": -1}, "window is -1, expected 0 (none) to 2147483647"),
+        ("attention", SIX_HEADS, {"window": 2**31}, "window is 2147483648, expected 0 (none) to 2147483647"),
+        ("attention", SIX_HEADS, {"softcap": -1.0}, "softcap is -1.0, expected 0 (none) or more"),
+        (
+            "rope",
+            kinds(x=("f32", (2, 3, 64)), cos_sin=("f32", (50, 66)), positions=("i32", (2,))),
+            {},
+            "66 rotated dimensions of 64; expected an even number up to that",
+        ),
+        (
+            "rope_kv_append",
+            {**SIX_HEADS, **kinds(k=("f32", (2, 2, 64)), v=("f32", (2, 2, 64)), cos_sin=("f32", (50, 63)))},
+            {},
+            "63 rotated dimensions of 64; expected an even number up to that",
+        ),
+    ],
+)
+def test_every_backend_refuses_a_wrong_call_with_the_same_words(
+    op: str, tensors: dict[str, TensorType], attrs: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ContractError) as error:
+        OPS[op].signature(tensors, attrs)
+    assert str(error.value) == f"{op}: {problem}"
+    for backend in (NullBackend(DeviceInfo("null")), ReferenceBackend(DeviceInfo("host"))):
+        assert backend.supports(Signature(op, tensors, attrs)) == Unsupported(op, str(error.value))
+
+
+def test_limits_of_attributes_are_allowed() -> None:
+    for attrs in ({"window": 2**31 - 1}, {"softcap": 1e-30}, {"scale": -0.5}, {"window": np.int32(5)}):
+        assert OPS["attention"].signature(SIX_HEADS, attrs).attrs == {**OPS["attention"].attrs, **attrs}
+    assert OPS["softcap"].signature(X, {"cap": np.float32(1e-30)}).attrs["cap"] > 0
+    assert OPS["rms_norm"].signature({**X, **NORM}, {"eps": 0}).attrs["eps"] == 0
+
+
+def test_an_expected_nan_is_right_and_nothing_else_is() -> None:
+    """Beside a NaN or an infinity a bound is NaN, and must not excuse a finite number."""
+    expected, bound = np.array([np.nan, np.inf, 1.0]), np.array([np.nan, np.nan, 0.5])
+    assert not compare("y", np.array([np.nan, np.inf, 1.4], np.float32), expected, bound).reason
+    for wrong in ([0.0, np.inf, 1.0], [np.nan, 3e38, 1.0], [np.nan, -np.inf, 1.0], [np.nan, np.inf, np.nan]):
+        assert compare("y", np.array(wrong, np.float32), expected, bound).reason
