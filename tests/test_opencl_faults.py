@@ -74,7 +74,7 @@ FAULTS = [
     Fault("row_repeated", "gemm", "Q4_0-exact", GEMM, "min(t + 5, T - 1)", "min(t + 4, T - 1)"),
     Fault("first_slice_only", "gemm", "F16-exact", GEMM, "if (!begin) s +=", "if (0) s +="),
     Fault("last_slice_kept_Q4_0", "gemm", "Q4_0-exact", GEMM, "if (!begin) s +=", "if (0) s +="),
-    Fault("slices_of_first_weights", "gemm", "Q4_0-exact", GEMM, "(size_t)(k0 / BLOCK)", "(size_t)((k0 - start) / BLOCK)"),
+    Fault("slices_of_first_weights", "gemm", "Q4_0-exact", GEMM, "p += (size_t)block", "p += (size_t)(block - start / BLOCK)"),
     Fault("gate_and_up_swapped", "rms_norm_gemm_glu", "Q4_1-fast", GEMM, "activation(ga, kind) * ua", "activation(ua, kind) * ga"),
     Fault("up_of_first_rows", "rms_norm_gemm_glu", "F32-exact", GEMM, "vload16(2 * (size_t)t, up_sums)", "vload16(0, up_sums)"),
     Fault("offset_in_first_half_only", "rms_norm_gemm", "Q4_1-fast", GEMM, "weight + k + 16) + weight_offset", "weight + k + 16)"),

@@ -35,9 +35,18 @@ def assert_close(got: Array, expected: Any) -> None:
 # attention ------------------------------------------------------------------------------------------------------------
 
 
+def page_of(inputs: Inputs, seq: int, position: int) -> int | None:
+    """The page of a sequence's key; None where there is none."""
+    table, (pages, _, page_size, _) = inputs["block_table"], inputs["k_pages"].shape
+    if not (0 <= seq < len(table) and 0 <= position < table.shape[1] * page_size):
+        return None
+    page = int(table[seq, position // page_size])
+    return page if 0 <= page < pages else None
+
+
 def plain_attention(inputs: Inputs, attrs: dict[str, Any]) -> Array:
     """One query and one head at a time, keys looked up one by one."""
-    q, table = inputs["q"].astype(np.float64), inputs["block_table"]
+    q = inputs["q"].astype(np.float64)
     tokens, heads, head_dim = q.shape
     _, kv_heads, page_size, _ = inputs["k_pages"].shape
     y = np.zeros(q.shape)
@@ -45,12 +54,14 @@ def plain_attention(inputs: Inputs, attrs: dict[str, Any]) -> Array:
         seq, p = int(inputs["seq_ids"][t]), int(inputs["positions"][t])
         if seq < 0:
             continue
+        keys = [j for j in range(p + 1) if not attrs["window"] or p - j < attrs["window"]]
+        if p < 0 or any(page_of(inputs, seq, j) is None for j in keys):
+            y[t] = np.nan
+            continue
         for h in range(heads):
             scores, values = [], []
-            for j in range(p + 1):
-                if attrs["window"] and p - j >= attrs["window"]:
-                    continue
-                slot = table[seq, j // page_size], h // (heads // kv_heads), j % page_size
+            for j in keys:
+                slot = page_of(inputs, seq, j), h // (heads // kv_heads), j % page_size
                 s = float(np.dot(q[t, h], inputs["k_pages"][slot].astype(np.float64)))
                 s *= attrs["scale"] or 1 / math.sqrt(head_dim)
                 if attrs["softcap"]:
@@ -74,7 +85,9 @@ def test_online_softmax_in_float32_is_within_the_bound(block: int) -> None:
     """The other way to compute it: one pass over blocks of keys with running maximum and sums, everything float32."""
     op = OPS["attention"]
     worst = 0.0
-    for case in cases("attention", "decode", "softcap", "window", "head-dim"):
+    for case in cases("attention", "decode", "softcap", "window-", "head-dim"):
+        if "lost" in case.name:
+            continue
         inputs, attrs = op.make_inputs(case), op.with_defaults(case.attrs)
         q, table = inputs["q"], inputs["block_table"]
         _, kv_heads, page_size, head_dim = inputs["k_pages"].shape
@@ -124,7 +137,7 @@ def test_rms_norm_is_what_its_formula_says(case: Case) -> None:
 
 
 GATES = {
-    "silu": lambda g: g / (1 + math.exp(-g)) if g > -700 else -0.0,
+    "silu": lambda g: -0.0 if g < -700 else g / (1 + math.exp(-g)),
     "gelu_tanh": lambda g: g * 0.5 * (1 + math.tanh(math.sqrt(2 / math.pi) * (g + 0.044715 * g**3))),
     "gelu_erf": lambda g: g * 0.5 * math.erfc(-g / math.sqrt(2)),
 }
@@ -142,7 +155,7 @@ def test_glu_is_what_its_formula_says(case: Case) -> None:
 
 
 def test_softcap_is_what_its_formula_says() -> None:
-    x = np.array([[-1e30, -45.0, -1.0, 0.0, 0.001, 30.0, 1e30]], np.float32)
+    x = np.array([[-math.inf, -1e30, -45.0, -1.0, 0.0, 0.001, 30.0, 1e30, math.inf, math.nan]], np.float32)
     expected = [[30 * math.tanh(v / 30) for v in x[0].tolist()]]
     assert_close(run("softcap", {"x": x})["x"], expected)
 
@@ -271,17 +284,19 @@ def test_frequencies_refuse_what_they_cannot_use() -> None:
 @pytest.mark.parametrize("case", cases("kv_append"), ids=lambda case: case.name)
 def test_kv_append_writes_each_token_to_its_slot(case: Case) -> None:
     inputs = OPS["kv_append"].make_inputs(case)
-    page_size, written = case.dims["S"], set()
+    page_size, written, skipped = case.dims["S"], set(), 0
     expected = {name: inputs[name].copy() for name in ("k_pages", "v_pages")}
     for t, (seq, p) in enumerate(zip(inputs["seq_ids"].tolist(), inputs["positions"].tolist(), strict=True)):
-        if seq < 0 or p >= page_size * inputs["block_table"].shape[1]:
+        page, slot = page_of(inputs, seq, p), p % page_size
+        if page is None:
+            skipped += 1
             continue
-        page, slot = int(inputs["block_table"][seq, p // page_size]), p % page_size
         written.add((page, slot))
         for kv_head in range(case.dims["G"]):
             expected["k_pages"][page, kv_head, slot] = inputs["k"][t, kv_head]
             expected["v_pages"][page, kv_head, slot] = inputs["v"][t, kv_head]
-    assert len(written) == sum(queries for _, queries in case.dims["seqs"])
+    assert len(written) == len(inputs["positions"]) - skipped
+    assert bool(skipped) == any(case.dims.get(flag) for flag in ("pad", "beyond", "lost"))
     op = OPS["kv_append"]
     outputs = op.reference(inputs, {})
     bound = op.error_bound(fp64(inputs), {}, op.reference(fp64(inputs), {}), Numerics())
@@ -386,12 +401,12 @@ def test_philox_known_answers() -> None:
 def plain_sample(logits: list[float], params: list[float], u: float) -> int:
     """One row in float64, with sets of ids, one token at a time."""
     temperature, k, top_p, min_p = params
-    if temperature <= 0:
+    if not (0 < temperature < math.inf and math.isfinite(max(logits))):
         return logits.index(max(logits))
     p = [math.exp((x - max(logits)) / temperature) for x in logits]
     kept = set(range(len(p)))
-    if k > 0:
-        kth = sorted(logits)[-min(int(k), len(logits))]
+    if 1 <= k < len(logits):
+        kth = sorted(logits)[-int(k)]
         kept = {i for i in kept if logits[i] >= kth}
     if top_p < 1:
         remaining = math.fsum(p[i] for i in kept)
@@ -401,7 +416,7 @@ def plain_sample(logits: list[float], params: list[float], u: float) -> int:
                 kept = candidates
                 break
     if min_p > 0:
-        kept = {i for i in kept if p[i] >= min_p * max(p)}
+        kept = {i for i in kept if p[i] >= min(min_p, 1) * max(p)}
     total, reached = math.fsum(p[i] for i in kept), 0.0
     for i in sorted(kept):
         reached += p[i]
@@ -416,8 +431,7 @@ def test_sample_is_what_its_words_say(case: Case) -> None:
     outputs = OPS["sample"].reference(inputs, {})
     for t, u in enumerate(uniform(inputs["rng"])):
         row = np.where(np.isnan(inputs["x"][t]), -np.inf, inputs["x"][t]).astype(np.float64)
-        expected = plain_sample(row.tolist(), inputs["params"][t].tolist(), u) if np.isfinite(row.max()) else 0
-        assert outputs["ids"][t] == expected
+        assert outputs["ids"][t] == plain_sample(row.tolist(), inputs["params"][t].tolist(), u)
     np.testing.assert_array_equal(outputs["rng"][:, 0], inputs["rng"][:, 0])
     np.testing.assert_array_equal(outputs["rng"][:, 1], inputs["rng"][:, 1] + np.uint32(1))
     assert outputs["rng"][-1, 1] == 0  # the largest counter wraps

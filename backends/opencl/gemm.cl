@@ -207,8 +207,9 @@ inline void unpack_slice(const __global ushort *p, __local float *slice, int sta
 #else
   for (int k0 = start; k0 < stop; k0 += GROUP, slice += GROUP * 32) {
     const __global ushort *base = p;
-    p += (size_t)(k0 / BLOCK) * WORDS * 32;
-    const int g = (k0 % BLOCK) / GROUP;
+    const int block = k0 / BLOCK;
+    p += (size_t)block * WORDS * 32;
+    const int g = (k0 - block * BLOCK) / GROUP;  // with %, compilers may write `freeze`, which Oclgrind does not know
     const float16 da = SCALE(0, g), db = SCALE(1, g), ma = MIN(0, g), mb = MIN(1, g);
 #define KEEP(k, qa, qb)                                               \
   vstore16(fma(convert_float16(qa), da, ma), 0, slice + (k)*32);      \
