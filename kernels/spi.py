@@ -1,4 +1,4 @@
-"""What a backend is: the service-provider interface, on one screen.
+"""What a backend is: the service-provider interface, in one file.
 
 A vendor writes memory (`alloc`, `write`, `read`), `pack`, `supports`, and `bind` for the kernels there are; everything
 else (plans, fallbacks, decomposition of fused ops, conformance, benchmarks, the command line) comes from this project.
