@@ -50,6 +50,7 @@ ADD = Op(
     name="add",
     doc="x += y.",
     params=(Param("x", ("tokens", "features"), "inout"), Param("y", ("tokens", "features"))),
+    splits=("tokens", "features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

@@ -41,9 +41,10 @@ ADVANCE = Op(
     name="advance",
     doc="positions[t] += 1 where seq_ids[t] >= 0; padding rows stay.",
     params=(
-        Param("positions", ("tokens",), "inout", dtypes=("i32",)),
-        Param("seq_ids", ("tokens",), dtypes=("i32",)),
+        Param("positions", ("tokens",), "inout", dtypes=("i32",), values="positions"),
+        Param("seq_ids", ("tokens",), dtypes=("i32",), values="seq_ids"),
     ),
+    splits=("tokens",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

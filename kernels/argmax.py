@@ -74,6 +74,7 @@ ARGMAX = Op(
     doc="ids[t] = index of the largest x[t]; the lowest index wins ties, NaN never wins, and a row of nothing but NaN "
     "and -inf gives 0.",
     params=(Param("x", ("tokens", "vocab")), Param("ids", ("tokens",), "out", dtypes=("i32",))),
+    splits=("tokens",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

@@ -159,17 +159,38 @@ def _validate(signature: Signature) -> str | None:
 
 def cost(signature: Signature) -> Cost:
     """At the most keys the tables can hold: how many there are is in the data, not in the signature."""
-    tokens, heads, head_dim = signature.tensors["q"].shape
-    _, kv_heads, page_size, _ = signature.tensors["k_pages"].shape
+    tokens = signature.tensors["q"].shape[0]
+    page_size = signature.tensors["k_pages"].shape[2]
     sequences, max_pages = signature.tensors["block_table"].shape
     keys = max_pages * page_size
     if signature.attrs["window"]:
         keys = min(keys, signature.attrs["window"])
+    return _cost(signature, min(sequences, tokens) * keys, tokens * keys)
+
+
+def data_cost(signature: Signature, inputs: Inputs) -> Cost:
+    """At the keys that these queries see."""
+    window, page_size = signature.attrs["window"], signature.tensors["k_pages"].shape[2]
+    complete = has_keys(inputs, signature.attrs)
+    seq_ids, positions = inputs["seq_ids"][complete], inputs["positions"][complete].astype(np.int64)
+    first = _first_page(positions, page_size, signature.attrs) * page_size
+    seen = np.minimum(positions + 1, window) if window else positions + 1
+    stored = 0
+    for seq in np.unique(seq_ids):
+        rows = seq_ids == seq
+        stored += int(positions[rows].max() + 1 - first[rows].min())
+    return _cost(signature, stored, int(seen.sum()))
+
+
+def _cost(signature: Signature, stored: int, seen: int) -> Cost:
+    """Of a call that reads `stored` keys and their values, and whose queries see `seen` keys in all."""
+    _, heads, head_dim = signature.tensors["q"].shape
+    kv_heads = signature.tensors["k_pages"].shape[1]
     element = np.dtype(NUMPY_DTYPES[signature.tensors["k_pages"].dtype]).itemsize
-    cache = 2 * min(sequences, tokens) * keys * kv_heads * head_dim * element
     return Cost(
-        cache + signature_bytes(signature, ("q", "block_table", "seq_ids", "positions", "y")),
-        4 * tokens * heads * keys * head_dim,
+        2 * stored * kv_heads * head_dim * element
+        + signature_bytes(signature, ("q", "block_table", "seq_ids", "positions", "y")),
+        4 * seen * heads * head_dim,
     )
 
 
@@ -333,15 +354,17 @@ ATTENTION = Op(
         Param("q", ("tokens", "heads", "head_dim")),
         Param("k_pages", ("pages", "kv_heads", "page_size", "head_dim"), dtypes=("f16", "f32")),
         Param("v_pages", ("pages", "kv_heads", "page_size", "head_dim"), dtypes=("f16", "f32")),
-        Param("block_table", ("sequences", "max_pages"), dtypes=("i32",)),
-        Param("seq_ids", ("tokens",), dtypes=("i32",)),
-        Param("positions", ("tokens",), dtypes=("i32",)),
+        Param("block_table", ("sequences", "max_pages"), dtypes=("i32",), values="pages"),
+        Param("seq_ids", ("tokens",), dtypes=("i32",), values="seq_ids"),
+        Param("positions", ("tokens",), dtypes=("i32",), values="positions"),
         Param("y", ("tokens", "heads", "head_dim"), "out"),
     ),
     attrs={"scale": 0.0, "softcap": 0.0, "window": 0},
     validate=_validate,
+    splits=("tokens",),
     reference=reference,
     cost=cost,
+    data_cost=data_cost,
     make_inputs=make_inputs,
     error_bound=error_bound,
     cases=_cases(),

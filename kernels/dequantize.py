@@ -66,6 +66,7 @@ DEQUANTIZE = Op(
         Param("w", ("out_features", "in_features"), "weight"),
         Param("y", ("out_features", "in_features"), "out"),
     ),
+    splits=("out_features",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

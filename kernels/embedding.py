@@ -107,11 +107,12 @@ EMBEDDING = Op(
     name="embedding",
     doc="y[t] = scale * w[token_ids[t]]. An id outside 0..V-1 (padding is -1) gives a row of zeros.",
     params=(
-        Param("token_ids", ("tokens",), dtypes=("i32",)),
+        Param("token_ids", ("tokens",), dtypes=("i32",), values="token_ids"),
         Param("w", ("vocab", "features"), "weight"),
         Param("y", ("tokens", "features"), "out"),
     ),
     attrs={"scale": 1.0},
+    splits=("tokens",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

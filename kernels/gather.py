@@ -38,9 +38,10 @@ GATHER = Op(
     doc="y[r] = x[rows[r]]. A row number outside 0..T-1 (padding is -1) gives a row of zeros.",
     params=(
         Param("x", ("tokens", "features")),
-        Param("rows", ("rows",), dtypes=("i32",)),
+        Param("rows", ("rows",), dtypes=("i32",), values="rows"),
         Param("y", ("rows", "features"), "out"),
     ),
+    splits=("rows", "features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

@@ -212,6 +212,7 @@ GEMM = Op(
     ),
     attrs={"precision": "exact"},
     choices={"precision": PRECISIONS},
+    splits=("tokens", "out_features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

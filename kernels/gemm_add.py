@@ -92,6 +92,7 @@ GEMM_ADD = Op(
     ),
     attrs={"precision": "exact"},
     choices={"precision": PRECISIONS},
+    splits=("tokens", "out_features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

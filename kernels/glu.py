@@ -160,6 +160,7 @@ GLU = Op(
     ),
     attrs={"kind": "silu"},
     choices={"kind": KINDS},
+    splits=("tokens", "features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

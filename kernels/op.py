@@ -31,10 +31,15 @@ U32 = 2.0**-24
 # a QuantFormat that the backend has packed.
 Role = Literal["in", "out", "inout", "clobber", "weight"]
 
+# What the numbers of a tensor are, so that data can be made from its declaration alone (testdata.inputs_for). angles:
+# cosines, then sines. token_ids, rows: indices along `vocab`, `tokens`. pages: of the cache, each in one place.
+# seq_ids, positions: of the rows of a batch. sampling: temperature, top_k, top_p, min_p. seeds: any bits.
+Values = Literal["numbers", "angles", "token_ids", "rows", "pages", "seq_ids", "positions", "sampling", "seeds"]
+
 
 @dataclass(frozen=True)
 class Param:
-    """One tensor of an op: its axes by name, and the dtypes it may have (`weight`: any name in FORMATS).
+    """One tensor of an op: axes by name, the dtypes it may have (`weight`: any name in FORMATS), what its numbers are.
 
     An axis whose name is a number has that length. All axes but the first are dense; the first may have a row stride,
     so that a call can work on a part of a wider buffer (the K columns of a fused QKV projection). A tensor that is
@@ -46,6 +51,7 @@ class Param:
     role: Role = "in"
     dtypes: tuple[str, ...] = ("f32",)
     optional: bool = False
+    values: Values = "numbers"
 
     @property
     def is_written(self) -> bool:
@@ -174,6 +180,9 @@ class Op:
     reference    float arithmetic in the dtype of its inputs: with float64 inputs it is the definition, with float32
                  inputs it is what the `reference` backend runs. Returns every "out" and "inout" parameter.
     cost         lower bound on bytes and flops of a call
+    data_cost    the same where it depends on the data (how many keys attention sees); see `cost_of`
+    splits       axes along which results do not depend on each other: of the entries of such an axis, taken from every
+                 tensor that has it, the op computes those entries of its results (see testdata.part)
     make_inputs  host data for a case
     error_bound  largest permitted |result - reference| for every element, from inputs, reference result and numerics;
                  (cases of fill "integer" are held to 0 whatever it says)
@@ -202,12 +211,18 @@ class Op:
     check: Check | None = None
     decompose: Decompose | None = None
     required: bool = False
+    splits: tuple[str, ...] = ()
+    data_cost: Callable[[Signature, Inputs], Cost] | None = None
 
     def param(self, name: str) -> Param:
         for param in self.params:
             if param.name == name:
                 return param
         raise ContractError(f"{self.name} has no parameter {name!r}; it has {', '.join(p.name for p in self.params)}")
+
+    def cost_of(self, signature: Signature, inputs: Inputs) -> Cost:
+        """What a call with these inputs must do."""
+        return self.data_cost(signature, inputs) if self.data_cost else self.cost(signature)
 
     def with_defaults(self, attrs: Attrs) -> dict[str, Any]:
         """All attributes; a ContractError for one the op does not have, or a value it cannot have."""

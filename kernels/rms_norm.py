@@ -134,6 +134,7 @@ RMS_NORM = Op(
     ),
     attrs={"eps": 1e-5, "weight_offset": 0.0},
     validate=validate_eps,
+    splits=("tokens",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

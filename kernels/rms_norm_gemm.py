@@ -145,6 +145,7 @@ RMS_NORM_GEMM = Op(
     attrs={"eps": 1e-5, "weight_offset": 0.0, "precision": "exact"},
     choices={"precision": PRECISIONS},
     validate=validate_eps,
+    splits=("tokens", "out_features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

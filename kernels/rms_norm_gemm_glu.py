@@ -127,6 +127,7 @@ RMS_NORM_GEMM_GLU = Op(
     attrs={"eps": 1e-5, "weight_offset": 0.0, "precision": "exact", "kind": "silu"},
     choices={"precision": PRECISIONS, "kind": KINDS},
     validate=validate_eps,
+    splits=("tokens", "out_features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

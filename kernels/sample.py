@@ -310,10 +310,11 @@ SAMPLE = Op(
     "goes up by one.",
     params=(
         Param("x", ("tokens", "vocab")),
-        Param("params", ("tokens", "4")),
-        Param("rng", ("tokens", "2"), "inout", dtypes=("u32",)),
+        Param("params", ("tokens", "4"), values="sampling"),
+        Param("rng", ("tokens", "2"), "inout", dtypes=("u32",), values="seeds"),
         Param("ids", ("tokens",), "out", dtypes=("i32",)),
     ),
+    splits=("tokens",),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

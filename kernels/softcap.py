@@ -65,6 +65,7 @@ SOFTCAP = Op(
     params=(Param("x", ("tokens", "features"), "inout"),),
     attrs={"cap": 30.0},
     validate=_validate,
+    splits=("tokens", "features"),
     reference=reference,
     cost=cost,
     make_inputs=make_inputs,

@@ -15,11 +15,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
+from .errors import ContractError
+from .op import NUMPY_DTYPES, Op, Param, Signature, TensorType
 from .quant import FORMATS, Array, Weight
+
+# A weight with more rows repeats them: drawing the head of an 8B model takes longer than running it. A prime, so that
+# no tile or thread gets the same rows as its neighbour.
+DISTINCT_ROWS = 4099
 
 
 def activations(rng: np.random.Generator, tokens: int, features: int, fill: str) -> Array:
@@ -130,3 +137,82 @@ def stale_pages(rng: np.random.Generator, shape: tuple[int, int, int, int], dtyp
     """Pages [P, G, S, D] full of huge finite numbers, fatal to whoever uses them; no float16 if `dtype` is float32."""
     stale = 60000.0 if dtype is np.float16 else 1e30
     return rng.choice([-stale, stale], shape).astype(dtype)
+
+
+def inputs_for(
+    op: Op, signature: Signature, rng: np.random.Generator, given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Host data for a call of any op, from its declaration alone: every tensor that is read, as in `Op.make_inputs`.
+
+    Those in `given` are taken as they are, the others drawn.
+
+    The rows of a batch belong to as many sequences as the block table has, in order, and are the last tokens that their
+    tables hold: a decode step at full context, or the last chunk of a prompt. Raises ContractError for a parameter of
+    integers that does not say what they are.
+    """
+    dims = op.bind(signature.tensors)
+    inputs = dict(given or {})
+    for param in op.params:
+        if param.role != "out" and param.name in signature.tensors and param.name not in inputs:
+            inputs[param.name] = _draw(op, param, signature.tensors[param.name], dims, rng)
+    return inputs
+
+
+def large_weight(rng: np.random.Generator, kind: TensorType) -> Weight:
+    """A random weight of any size; see DISTINCT_ROWS."""
+    rows, features = kind.shape
+    drawn = random_weight(rng, kind.dtype, min(rows, DISTINCT_ROWS), features, "normal")
+    return Weight(drawn.format, (rows, features), np.resize(drawn.data, (rows, drawn.data.shape[1])))
+
+
+def _draw(op: Op, param: Param, kind: TensorType, dims: Mapping[str, int], rng: np.random.Generator) -> Any:
+    if param.role == "weight":
+        return large_weight(rng, kind)
+    dtype = NUMPY_DTYPES[kind.dtype]
+    if param.values == "numbers":
+        if kind.dtype in ("i32", "u32"):
+            raise ContractError(f"{op.name}: {param.name} is {kind.dtype}, and its `values` do not say which integers")
+        return rng.standard_normal(kind.shape, np.float32).astype(dtype, copy=False)
+    if param.values == "angles":
+        angle = rng.uniform(-np.pi, np.pi, (kind.shape[0], kind.shape[1] // 2))
+        return np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(dtype)
+    if param.values == "seeds":
+        return rng.integers(0, 2**32, kind.shape, np.uint32).astype(dtype)
+    if param.values == "sampling":
+        return np.full(kind.shape, (0.8, 40, 0.95, 0.05), dtype)
+    if param.values == "pages":
+        return np.resize(rng.permutation(dims["pages"]), kind.shape).astype(dtype)
+    if param.values in ("token_ids", "rows"):
+        return rng.integers(0, dims["vocab" if param.values == "token_ids" else "tokens"], kind.shape).astype(dtype)
+    seq_ids, positions = _batch(dims)
+    return (seq_ids if param.values == "seq_ids" else positions).astype(dtype)
+
+
+def _batch(dims: Mapping[str, int]) -> tuple[Array, Array]:
+    """(seq_ids, positions) of rows shared out evenly, each sequence's being its last: see `inputs_for`."""
+    tokens, sequences = dims["tokens"], dims.get("sequences", 1)
+    held = [dims["max_pages"] * dims["page_size"]] if "max_pages" in dims else []
+    held += [dims["table_length"]] if "table_length" in dims else []
+    counts = [tokens // sequences + (i < tokens % sequences) for i in range(sequences)]
+    stop = max(counts[0], min(held, default=tokens))
+    positions = [np.arange(stop - count, stop) for count in counts]
+    return np.repeat(np.arange(sequences), counts), np.concatenate(positions)
+
+
+def part(op: Op, tensors: Mapping[str, Any], taken: Mapping[str, Array]) -> dict[str, Any]:
+    """The entries `taken` (axis -> indices) of every tensor that has such an axis; other tensors whole.
+
+    Along an axis in `op.splits` the reference of the part is the part of the reference.
+    """
+    found = dict(tensors)
+    for name in tensors:
+        for position, axis in enumerate(op.param(name).axes):
+            if axis in taken:
+                found[name] = _take(found[name], taken[axis], position)
+    return found
+
+
+def _take(value: Any, indices: Array, axis: int) -> Any:
+    if isinstance(value, Weight):
+        return Weight(value.format, (len(indices), value.shape[1]), value.data[indices])
+    return np.take(value, indices, axis)

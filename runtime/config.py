@@ -237,10 +237,10 @@ class _Reader:
             self.fail(f"tensor {name} has shape {list(found)}, expected {list(shape)}")
 
     def _tensors(self, embedding: int, head_dim: int, layers: tuple[Layer, ...], rope: Rope) -> dict[str, TensorType]:
-        """Type of every weight that is used, in the order of `_expected`; checks shapes, formats and finiteness."""
+        """Type of every weight that is used; checks shapes, formats and finiteness."""
         vocab = self.gguf.tensor("token_embd.weight").shape[0]
         found: dict[str, TensorType] = {}
-        for name, shape, required in _expected(self.architecture, vocab, embedding, head_dim, layers):
+        for name, shape, required in expected_tensors(self.architecture, vocab, embedding, head_dim, layers):
             if not required and name not in self.gguf.tensors:
                 continue
             self.require_shape(name, shape)
@@ -292,7 +292,7 @@ _IGNORED: Mapping[str, str] = {
 }
 
 
-def _expected(
+def expected_tensors(
     architecture: Architecture, vocab: int, embedding: int, head_dim: int, layers: tuple[Layer, ...]
 ) -> Iterator[tuple[str, tuple[int, ...], bool]]:
     """(name, shape, whether required) of each tensor of the model."""
