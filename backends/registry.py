@@ -40,6 +40,28 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """A backend that `--backend auto` may take, or one that does not load: then `problem` says why."""
+
+    entry: Entry
+    order: int
+    provider: Provider | None
+    problem: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def version(self) -> str:
+        """Of its distribution, which it names."""
+        try:
+            return f"{self.entry.distribution} {metadata.version(self.entry.distribution)}"
+        except metadata.PackageNotFoundError:
+            return self.entry.distribution
+
+
+@dataclass(frozen=True)
 class Probe:
     """What a look at a backend found: its devices, or the reason why there are none."""
 
@@ -202,22 +224,48 @@ def open_backend(
         except BackendUnavailable as error:
             raise BackendUnavailable(f"backend {name!r} is not available: {error}") from error
 
-    candidates: list[tuple[int, str, Provider]] = []
+    return open_first(options).backend
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What `open_first` found: the backend, its order, and why each candidate before it was passed over."""
+
+    backend: Backend
+    order: int
+    passed_over: tuple[str, ...]
+
+
+def open_first(options: OpenOptions, problems: Mapping[str, str] | None = None) -> Opened:
+    """The first candidate that opens; `problems` are those that are known not to, each with its reason."""
     reasons: list[str] = []
+    for candidate in candidates():
+        problem = candidate.problem or (problems or {}).get(candidate.name)
+        if candidate.provider and not problem:
+            try:
+                backend = _open(candidate.name, candidate.provider, options)
+                return Opened(backend, candidate.order, tuple(reasons))
+            except BackendUnavailable as error:
+                problem = str(error)
+        reasons.append(f"{candidate.name}: {problem}")
+    raise BackendUnavailable(f"no backend could be opened: {'; '.join(reasons) or 'none is installed'}")
+
+
+def candidates() -> list[Candidate]:
+    """What `--backend auto` may take, by the providers' `order`; those that do not load come first, with order -1.
+
+    Looks at the packages once and opens nothing.
+    """
+    found: list[Candidate] = []
     for entry in list_backends():
         try:
             provider = _load(entry)
         except BackendUnavailable as error:
-            reasons.append(f"{entry.name}: {error}")
+            found.append(Candidate(entry, -1, None, str(error)))
             continue
         if provider.order is not None:
-            candidates.append((provider.order, entry.name, provider))
-    for _, candidate, provider in sorted(candidates, key=lambda c: c[:2]):
-        try:
-            return _open(candidate, provider, options)
-        except BackendUnavailable as error:
-            reasons.append(f"{candidate}: {error}")
-    raise BackendUnavailable(f"no backend could be opened: {'; '.join(reasons) or 'none is installed'}")
+            found.append(Candidate(entry, provider.order, provider))
+    return sorted(found, key=lambda c: (c.provider is not None, c.order, c.name))
 
 
 def _open(name: str, provider: Provider, options: OpenOptions) -> Backend:

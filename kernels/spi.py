@@ -19,6 +19,7 @@ from .op import Attrs, Numerics, Signature, TensorType
 from .quant import Array, Weight
 
 SPI_VERSION = 1
+LAST_RESORT = 1000  # the `order` from which on `--backend auto` takes a backend only if no other opens
 
 Buffer = Any  # a backend's own handle; nobody else looks inside
 Launch = Callable[[], None]  # enqueue one bound kernel; asynchronous where the device is
@@ -153,9 +154,10 @@ class Provider(Protocol):
     """What the entry point names. Cheap to import: vendor libraries are imported in `devices` and `open`.
 
     `spi_version` is the number it was written for, not SPI_VERSION as it is at run time: that is how a later polykern
-    knows to adapt it. `order` sorts the candidates of `--backend auto` (lower first; None: never chosen by itself; our
-    own: opencl 20, reference 1000). `devices` and `open` raise BackendUnavailable with the reason and what to install;
-    `open` also for a device that is not there.
+    knows to adapt it. `order` makes it a candidate of `--backend auto`, which measures those that have a device and
+    takes the fastest; of equals the lower order, and LAST_RESORT or above only where no other opens. None: never chosen
+    by itself. Our own: opencl 20, reference 1000. `devices` and `open` raise BackendUnavailable with the reason and
+    what to install; `open` also for a device that is not there.
     """
 
     spi_version: int

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from ..kernels.errors import PolykernError, UsageError
 from .commands import COMMANDS, DEFAULT
 from .commands.options import add_common
-from .output import Output, one_line
+from .output import NOTE, Output, one_line
 from .progress import ProgressBars
 
 INTERRUPTED = 130  # 128 + SIGINT, as a shell reports it
@@ -166,7 +166,8 @@ class _Remark(logging.Handler):
     """A log record as one line on stderr, like errors."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        Output.note(f"runtime: {record.levelname.lower()}: {one_line(record.getMessage())}")
+        level = "" if record.levelno == NOTE else f"{record.levelname.lower()}: "
+        Output.note(f"runtime: {level}{one_line(record.getMessage())}")
 
 
 @contextlib.contextmanager
@@ -174,7 +175,7 @@ def remarks(debug: bool) -> Generator[None]:
     """Show what our own code logs and warns of; with `debug` everything, also the warnings of libraries."""
     handler, logger = _Remark(), logging.getLogger("polykern")
     level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.DEBUG if debug else logging.WARNING)
+    logger.setLevel(logging.DEBUG if debug else NOTE)
     logger.addHandler(handler)
     logger.propagate = False
     with warnings.catch_warnings():

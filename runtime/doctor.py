@@ -9,11 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .machine import cpu, memory_bytes, packages
+from .machine import ICD_FOLDERS, cpu, memory_bytes, packages
 from .models import DEFAULT_MODEL, KNOWN, cache_dir
 
 VARIABLES = ("POLYKERN_", "OCL_", "OPENCL_", "POCL_", "PYOPENCL_", "CL_CONFIG_", "CUDA_", "HF_H", "XDG_CACHE_HOME")
-ICD_FOLDERS = ("/etc/OpenCL/vendors", "/usr/share/OpenCL/vendors")
 
 
 def examine() -> dict[str, Any]:
@@ -35,6 +34,7 @@ def examine() -> dict[str, Any]:
         "opencl_icds": opencl_icds,
         "backends": survey,
         "cache": cache,
+        "choices": choices,
     }
     found = {name: _guarded(part) for name, part in parts.items()}
     found["advice"] = _guarded(lambda: advice(found))
@@ -70,6 +70,13 @@ def cache() -> dict[str, Any]:
     sizes = {folder.name: sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) for folder in folders}
     model = root / "models" / KNOWN[DEFAULT_MODEL].file_name
     return {"path": str(root), "bytes": sizes, "default_model": str(model) if model.is_file() else None}
+
+
+def choices() -> list[dict[str, Any]]:
+    """What `--backend auto` remembers, the newest first."""
+    from .choice import remembered
+
+    return remembered()
 
 
 def advice(found: dict[str, Any]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import time
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -15,7 +16,7 @@ from .config import ModelConfig
 from .gguf import GGUFFile
 from .memory import PackingGuard, check_host_share, check_memory, tensor_bytes, weight_bytes
 from .model import stacked_tensors
-from .opening import open_chosen
+from .opening import open_for_model
 from .programs import DECODE, Programs
 from .session import Session
 from .settings import Settings
@@ -26,18 +27,24 @@ from .tokenizer import Tokenizer
 DEFAULT_CTX = 4096
 
 
-def load(settings: Settings, *, progress: Progress | None = None) -> Session:
+def load(
+    settings: Settings,
+    *,
+    progress: Progress | None = None,
+    cut: Callable[[ModelConfig], ModelConfig] = lambda config: config,
+) -> Session:
     """Open everything and compile the decode step; prefill programs follow when the first prompt needs them.
 
+    `cut` makes the model smaller than its file, for measuring.
     Raises ModelFormatError or ModelError for the model, BackendUnavailable and UsageError for the backend,
     UnsupportedOp where the fallback policy is "error".
     """
     started = time.perf_counter()
     gguf = GGUFFile.open(settings.model)
-    config = ModelConfig.from_gguf(gguf)
+    config = cut(ModelConfig.from_gguf(gguf))
     ctx = context_size(settings, config, gguf.path)
     tokenizer = Tokenizer.from_metadata(gguf.metadata, gguf.path)
-    backend = open_chosen(settings.backend, device=settings.device, threads=settings.threads, progress=progress)
+    backend, choice = open_for_model(settings, config, ctx, progress=progress)
     try:
         check_memory(config, ctx, backend, gguf.path)
         programs = Programs(config, Executable(backend, progress), settings, ctx)
@@ -47,7 +54,7 @@ def load(settings: Settings, *, progress: Progress | None = None) -> Session:
         programs.step(DECODE, decode)
         if hasattr(mmap, "MADV_DONTNEED"):  # the device has its copy; a call on the host maps its weights again
             gguf.check_unchanged().madvise(mmap.MADV_DONTNEED)
-        return Session(programs, decode, tokenizer, gguf, time.perf_counter() - started)
+        return Session(programs, decode, tokenizer, gguf, time.perf_counter() - started, choice)
     except BaseException:
         backend.close()
         raise

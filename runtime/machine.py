@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +23,8 @@ FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16",
     "amx_int8", "amx_bf16", "asimddp", "asimdhp", "i8mm", "bf16", "sve", "sve2",
 )  # fmt: skip
+
+ICD_FOLDERS = ("/etc/OpenCL/vendors", "/usr/share/OpenCL/vendors")
 
 
 def provenance() -> dict[str, Any]:
@@ -76,6 +79,19 @@ def cpu() -> dict[str, Any]:
         "usable": usable_processors(),
         "flags": [flag for flag in FLAGS if flag in flags],
     }
+
+
+def drivers() -> dict[str, str]:
+    """The system's driver files, and what tells one version from another: found without loading any of them."""
+    found: dict[str, str] = {}
+    for icd in sorted(icd for folder in ICD_FOLDERS for icd in Path(folder).glob("*.icd")):
+        library = Path(icd.read_text(errors="replace").strip())
+        stamp = library.stat().st_mtime_ns if library.is_absolute() and library.exists() else icd.stat().st_mtime_ns
+        found[str(icd)] = f"{library} {stamp}"
+    for version in ("/proc/driver/nvidia/version", "/sys/module/amdgpu/version"):
+        with suppress(OSError):
+            found[version] = Path(version).read_text(errors="replace").splitlines()[0]
+    return found
 
 
 def memory_bytes() -> int:

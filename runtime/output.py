@@ -17,6 +17,9 @@ from typing import Any, TextIO
 
 from .progress import ProgressBars
 
+# A log level: more than information, less than a warning. Shown as a plain line on stderr.
+NOTE = 25
+
 
 class Output:
     """The stdout of one command. `note` is for stderr."""

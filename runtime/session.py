@@ -18,6 +18,7 @@ import numpy as np
 from ..kernels.errors import ModelError, UsageError
 from ..kernels.quant import Array
 from ..kernels.spi import Backend, Progress
+from .choice import Choice
 from .gguf import GGUFFile
 from .plan import Plan
 from .programs import DECODE, DECODE_SAMPLING, SCORE, SCORE_STEP, Bucket, Programs, chunk_sizes, prefill
@@ -33,13 +34,23 @@ class Session:
 
     ctx            capacity of the KV cache in tokens
     plan           how the decode step runs, call by call
+    choice         what `--backend auto` decided on; None where there was nothing to decide
     metadata       the keys of the GGUF file
     timings        of the last generation: {"load_s", "ttft_s", "prefill_tps", "decode_tps"}; a rate nobody could
                    measure (no token) is 0
     finish_reason  why the last generation ended; None while it runs, or if it was abandoned
     """
 
-    def __init__(self, programs: Programs, plan: Plan, tokenizer: Tokenizer, gguf: GGUFFile, load_s: float) -> None:
+    def __init__(
+        self,
+        programs: Programs,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        gguf: GGUFFile,
+        load_s: float,
+        choice: Choice | None = None,
+    ) -> None:
+        self.choice = choice
         self.plan, self.tokenizer, self.metadata, self.load_s = plan, tokenizer, gguf.metadata, load_s
         self.settings, self.config, self.ctx = programs.settings, programs.config, programs.ctx
         self.backend: Backend = programs.backend

@@ -24,13 +24,6 @@ VENDORS = {"pyopencl", "tvm", "tvm_ffi", "triton", "cupy", "torch"}
 RUNTIME = (sys.executable, "-m", "polykern.runtime")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    path.write_bytes(valid_llama_gguf())
-    return path
-
-
 def runtime(*arguments: str, **options: Any) -> subprocess.CompletedProcess[bytes]:
     """The console script in a process of its own, away from the source tree."""
     defaults: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True, "timeout": 120, "cwd": "/"}
@@ -113,8 +106,8 @@ def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str], t
     assert line.startswith(f"error: {text}")
 
 
-def test_unknown_backend(capsys: pytest.CaptureFixture[str], model: Path) -> None:
-    status, line = refused(capsys, "-m", str(model), "--backend", "opencll", "hi")
+def test_unknown_backend(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    status, line = refused(capsys, "-m", model, "--backend", "opencll", "hi")
     assert status == 2
     assert line.startswith("error: unknown backend 'opencll'; did you mean 'opencl'?")
 
@@ -125,12 +118,12 @@ def test_no_prompt_and_no_terminal() -> None:
     assert done.stderr.startswith(b"runtime: error: no PROMPT, and stdin is no terminal for a conversation")
 
 
-def test_defaults_from_the_environment(capsys: pytest.CaptureFixture[str], model: Path) -> None:
+def test_defaults_from_the_environment(capsys: pytest.CaptureFixture[str], model: str) -> None:
     environment = {**os.environ, "POLYKERN_BACKEND": "refrence", "POLYKERN_DEVICE": "7"}
-    done = runtime("-m", str(model), "hi", env=environment)
+    done = runtime("-m", model, "hi", env=environment)
     assert done.returncode == 2
     assert b"unknown backend 'refrence'; did you mean 'reference'?" in done.stderr
-    done = runtime("-m", str(model), "hi", "--backend", "reference", env=environment)
+    done = runtime("-m", model, "hi", "--backend", "reference", env=environment)
     assert done.returncode == 1
     assert b"reference" in done.stderr
     assert b"'7'" in done.stderr
@@ -295,10 +288,8 @@ def test_help_needs_no_library_but_our_own() -> None:
     assert not (VENDORS | {"numpy", "tokenizers", "rich", "jinja2"}) & loaded
 
 
-def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
-    process = subprocess.Popen(
-        [*RUNTIME, "inspect", str(model)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/"
-    )
+def test_a_reader_that_goes_away_is_no_error(model: str) -> None:
+    process = subprocess.Popen([*RUNTIME, "inspect", model], stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd="/")
     assert process.stdout is not None
     process.stdout.close()
     assert process.stderr is not None
@@ -307,14 +298,14 @@ def test_a_reader_that_goes_away_is_no_error(model: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_full_disk_behind_stdout(model: Path) -> None:
+def test_a_full_disk_behind_stdout(model: str) -> None:
     with open("/dev/full", "wb") as full:
-        done = runtime("tokenize", "-m", str(model), "hi", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        done = runtime("tokenize", "-m", model, "hi", stdout=full, stderr=subprocess.PIPE, capture_output=False)
     assert done.returncode == 1
     assert done.stderr == b"runtime: error: stdout: No space left on device\n"
 
 
-def test_closed_standard_streams(model: Path) -> None:
+def test_closed_standard_streams(model: str) -> None:
     command = f"{' '.join(RUNTIME)} tokenize -m {model} hi"
     answer = f"{' '.join(RUNTIME)} --backend reference -m {model} --raw -n 2 hi"
     for line in (command, answer):

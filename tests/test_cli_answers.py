@@ -19,13 +19,6 @@ RUNTIME = (sys.executable, "-m", "polykern.runtime")
 ON_REFERENCE = ("--backend", "reference", "-m")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    path.write_bytes(valid_llama_gguf())
-    return str(path)
-
-
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """stdout of a command line that must succeed and say nothing on stderr."""
     status = main(arguments)
@@ -314,7 +307,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("POLYKERN_SECRET_OF_THIS_TEST", "seen")
     found = document(capsys, "doctor")
     machine = ["python", "platform", "cpu", "memory_bytes", "packages", "environment"]
-    assert list(found) == [*machine, "opencl_icds", "backends", "cache", "advice"]
+    assert list(found) == [*machine, "opencl_icds", "backends", "cache", "choices", "advice"]
     assert found["environment"]["POLYKERN_SECRET_OF_THIS_TEST"] == "seen"
     assert found["cache"]["path"] == str(tmp_path)
     assert any("runtime pull" in line for line in found["advice"])

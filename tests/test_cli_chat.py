@@ -24,18 +24,11 @@ from polykern.runtime.commands.generate import take_turn
 from polykern.runtime.load import load
 from polykern.runtime.output import Output
 from polykern.runtime.settings import Settings
-from tiny_llama import llama_image, valid_llama_gguf
+from tiny_llama import llama_image
 from vocabularies import sentencepiece
 
 RUNTIME = (sys.executable, "-m", "polykern.runtime")
 ON_REFERENCE = ("--backend", "reference", "-m")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("model") / "tiny.gguf"
-    path.write_bytes(valid_llama_gguf())
-    return str(path)
 
 
 class Terminal:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
 from gguf_files import accepted_files, malformed_files, small_image
-from gguf_image import Image, Key, Tensor, save, u32, u64
+from gguf_image import Image, Key, Tensor, u32, u64
 from polykern.kernels.errors import ModelError, ModelFormatError
 from polykern.kernels.quant import FORMATS
 from polykern.runtime.gguf import GGUFFile
@@ -21,12 +20,6 @@ from tiny_llama import valid_llama_gguf
 MALFORMED = malformed_files()
 ACCEPTED = accepted_files()
 Write = Callable[[Image | bytes], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[Image | bytes], Path]:
-    """Write an image or bytes to a file; its path."""
-    return partial(save, tmp_path)
 
 
 def refusal(path: Path | str) -> ModelFormatError:

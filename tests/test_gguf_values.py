@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,13 @@ import gguf
 import numpy as np
 import pytest
 from gguf_files import small_image
-from gguf_image import F32, VALUE_TYPES, Image, Key, Tensor, save, string
+from gguf_image import F32, VALUE_TYPES, Image, Key, Tensor, string
 from polykern.kernels.errors import ModelError, ModelFormatError
 from polykern.kernels.quant import FORMATS, dequantize_rows
 from polykern.runtime.gguf import GGUFFile
 from tiny_llama import bpe_tokenizer, llama_image, random_blocks, valid_llama_gguf
 
 Write = Callable[[Image | bytes], Path]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[[Image | bytes], Path]:
-    """Write an image or bytes to a file; its path."""
-    return partial(save, tmp_path)
 
 
 # Against the gguf package

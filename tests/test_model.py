@@ -25,16 +25,6 @@ from tiny_models import MODELS, mixed_formats, tokens, vector
 Write = Callable[[Image], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def to_file(image: Image) -> Path:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(image.encode())
-        return path
-
-    return to_file
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_equal_the_plain_implementation(name: str, write: Write) -> None:
     """70 tokens: more than one chunk, and than four pages.

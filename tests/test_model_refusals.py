@@ -34,16 +34,6 @@ from tiny_models import key, vector
 Write = Callable[[Image], Path]
 
 
-@pytest.fixture
-def write(tmp_path: Path) -> Write:
-    def to_file(image: Image) -> Path:
-        path = tmp_path / "model.gguf"
-        path.write_bytes(image.encode())
-        return path
-
-    return to_file
-
-
 def without(image: Image, name: str) -> Image:
     image.keys = [k for k in image.keys if k.name != name]
     image.tensors = [t for t in image.tensors if t.name != name]

@@ -4,31 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
-import textwrap
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from plugins import GOOD, Install
 from polykern.backends import describe, list_backends, load_provider, open_backend, probe
 from polykern.kernels import conformance
 from polykern.kernels.errors import BackendUnavailable, UsageError
 from polykern.kernels.spi import SPI_VERSION, Backend, DeviceInfo, OpenOptions, Provider
-
-Install = Callable[..., None]
-
-GOOD = """
-    from polykern.backends.null import NullProvider
-
-    class Plugin(NullProvider):
-        order = {order}
-
-        def open(self, options):
-            backend = NullProvider.open(self, options)
-            backend.name = NAME
-            return backend
-
-    provider = Plugin()
-"""
 
 # A plug-in as it was written before the first release: launches are bound, and that is all. Frozen: do not modernise.
 FROZEN_V0 = """
@@ -84,29 +66,6 @@ FROZEN_V0 = """
 
     provider = Tiny()
 """
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """install(distribution, name, code): a package on sys.path that registers a backend, as pip would leave it.
-
-    `code` finds the name it is registered as in NAME.
-    """
-    monkeypatch.delenv("POLYKERN_BACKENDS", raising=False)
-
-    def install(distribution: str, name: str, code: str, *, metadata: str | None = None, site: str = "site") -> None:
-        module = f"plugin_{tmp_path.name.replace('-', '_')}_{distribution.replace('-', '_')}"
-        folder = tmp_path / site
-        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
-        info.mkdir(parents=True)
-        (folder / f"{module}.py").write_text(f"NAME = {name!r}\n" + textwrap.dedent(code))
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n")
-        entry = f"[polykern.backends]\n{name} = {module}:provider\n" if metadata is None else metadata
-        (info / "entry_points.txt").write_text(entry)
-        monkeypatch.syspath_prepend(str(folder))
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    return install
 
 
 def reason(name: str) -> str:

@@ -41,6 +41,7 @@ def run(args: Namespace, out: Output) -> int:
             "model": session.gguf_path,
             "backend": session.backend.name,
             "device": session.backend.device,
+            "choice": session.choice,
             "precision": args.precision,
             "threads": args.threads,
         }

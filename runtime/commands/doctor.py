@@ -8,14 +8,27 @@ from typing import Any
 from ..output import Output, size_text
 
 HELP = "Report versions, drivers, caches and what to install; for bug reports."
-EXAMPLE = "runtime doctor"
+EXAMPLE = """\
+runtime doctor
+runtime doctor --forget"""
 
 
 def add_arguments(parser: ArgumentParser) -> None:
-    """No options of its own."""
+    parser.add_argument(
+        "--forget", action="store_true", help="forget what --backend auto chose: the next start measures again"
+    )
 
 
 def run(args: Namespace, out: Output) -> int:
+    if args.forget:
+        from ..choice import folder, forget
+
+        count = forget()
+        if args.json:
+            out.json({"forgotten": count})
+        else:
+            out.line(f"forgot {count} choice{'' if count == 1 else 's'} in {folder()}")
+        return 0
     from ..doctor import examine
 
     found = examine()
@@ -48,6 +61,8 @@ def _lines(name: str, part: Any) -> list[str]:
             lines += [f"  {d['index']}  {d['name']} ({d['driver']})" for d in backend["devices"]]
             lines += [f"  {key}: {_plain(value)}" for key, value in backend["versions"].items()]
         return lines
+    if name == "choices" and isinstance(part, list):
+        return [f"{row['chose']} ({row['file']})" for row in part] or ["none"]
     if isinstance(part, list):
         return [", ".join(f"{k} {v}" for k, v in item.items() if v is not None) for item in part]
     return [f"{key}: {_plain(value)}" for key, value in part.items()] if isinstance(part, dict) else []

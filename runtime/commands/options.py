@@ -85,7 +85,7 @@ def add_device(parser: ArgumentParser) -> None:
     group = parser.add_argument_group("device")
     group.add_argument(
         "--backend", type=name, metavar="NAME", default=os.environ.get("POLYKERN_BACKEND") or "auto",
-        help="auto, opencl, reference, or a plug-in's name; see `runtime backends`"
+        help="auto (the fastest for this model), opencl, reference, or a plug-in's name; see `runtime backends`"
         " (default: $POLYKERN_BACKEND, else auto)",
     )  # fmt: skip
     group.add_argument(

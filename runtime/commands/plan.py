@@ -22,6 +22,7 @@ def run(args: Namespace, out: Output) -> int:
     session = open_session(args)
     try:
         plan, device = session.plan, f"{session.backend.name}, {session.backend.device.name}"
+        choice = session.choice
         rows = plan.rows()
     finally:
         session.close()
@@ -30,6 +31,8 @@ def run(args: Namespace, out: Output) -> int:
         return 0
     counts = plan.counts()
     out.line(f"{device}: {counts['native']} native, {counts['decomposed']} decomposed, {counts['reference']} reference")
+    if choice:
+        out.line(f"auto chose {choice}, measured {choice.date}")
     shown = [(1, row) for row in rows] if args.all else alike(rows)
     out.table(
         ("calls", "op", "how", "kernel", "bytes", "share", "reason"),
