@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import stat
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Any, NoReturn, TypeVar, overload
 
@@ -217,6 +218,22 @@ class GGUFFile:
                     place = int(bad.argmax())
                     what = f"value {first + place}" if fmt.is_float else f"field {field.name} of block {first + place}"
                     self._fail(f"tensor {name}", start + place * fmt.block_bytes, f"{what} is NaN or infinite")
+
+    def release(self, names: Iterable[str] | None = None) -> None:
+        """Give the memory that these tensors (None: all of the file) take up back, where the system can.
+
+        Only the pages go, not the views: who looks at one again has it read from the file once more.
+        """
+        mapped = self.check_unchanged()
+        if not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        if names is None:
+            mapped.madvise(mmap.MADV_DONTNEED)
+            return
+        for info in map(self.tensor, names):
+            start = info.offset // mmap.PAGESIZE * mmap.PAGESIZE  # a page shared with a neighbour is read again, too
+            if info.nbytes:
+                mapped.madvise(mmap.MADV_DONTNEED, start, info.offset + info.nbytes - start)
 
     # What was used
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +13,7 @@ from ..kernels.quant import Array, Weight, concat_rows
 from ..kernels.spi import Progress
 from .config import ModelConfig
 from .gguf import GGUFFile
-from .memory import PackingGuard, check_host_share, check_memory, tensor_bytes, weight_bytes
+from .memory import PackingGuard, bytes_per_token, check_host_share, check_memory, tensor_bytes, weight_bytes
 from .model import stacked_tensors
 from .opening import open_for_model
 from .programs import DECODE, Programs
@@ -50,26 +49,29 @@ def load(
         programs = Programs(config, Executable(backend, progress), settings, ctx)
         decode = programs.plan(DECODE)
         check_host_share(decode, gguf.path)
-        add_weights(programs.executable, config, gguf)
+        add_weights(programs.executable, config, gguf, ctx)
         programs.step(DECODE, decode)
-        if hasattr(mmap, "MADV_DONTNEED"):  # the device has its copy; a call on the host maps its weights again
-            gguf.check_unchanged().madvise(mmap.MADV_DONTNEED)
+        gguf.release()  # and what was read of the header
         return Session(programs, decode, tokenizer, gguf, time.perf_counter() - started, choice)
     except BaseException:
         backend.close()
         raise
 
 
-def add_weights(executable: Executable, config: ModelConfig, gguf: GGUFFile) -> None:
-    """Name every weight a program may want: tensors of the file, and Q, K and V stacked. Reads none of them yet."""
+def add_weights(executable: Executable, config: ModelConfig, gguf: GGUFFile, ctx: int = 0) -> None:
+    """Name every weight a program may want: tensors of the file, and Q, K and V stacked. Reads none of them yet.
+
+    Each tensor's part of the file leaves memory as soon as the device has its copy. `ctx` tokens must fit beside all.
+    """
     stacked = stacked_tensors(config)
     parts = {name for names in stacked.values() for name in names}
-    guard = PackingGuard(weight_bytes(config), gguf.path)
+    guard = PackingGuard(weight_bytes(config), gguf.path, ctx, bytes_per_token(config))
     for name in config.tensors:
         if name not in parts:
-            executable.add_weight(name, partial(_single, config, gguf, guard, name))
+            executable.add_weight(name, partial(_single, config, gguf, guard, name), partial(gguf.release, [name]))
     for name, names in stacked.items():
-        executable.add_weight(name, partial(_stack, config, gguf, guard, names))
+        present = [part for part in names if part in config.tensors]
+        executable.add_weight(name, partial(_stack, config, gguf, guard, names), partial(gguf.release, present))
 
 
 def _single(config: ModelConfig, gguf: GGUFFile, guard: PackingGuard, name: str) -> Weight | Array:

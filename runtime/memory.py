@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from ..kernels.errors import ModelError
@@ -13,6 +15,8 @@ from .config import ModelConfig
 from .plan import Plan
 
 MIB = 1 << 20
+CGROUPS = Path("/sys/fs/cgroup")
+OWN_GROUPS = Path("/proc/self/cgroup")
 
 # How much of a model must be packed before `PackingGuard` extrapolates, and what it takes for temporary arrays.
 GUARD_AFTER_BYTES = 64 * MIB
@@ -72,8 +76,9 @@ class PackingGuard:
     host's memory), so it is measured: the growth of this process over what was handed out of the file so far.
     """
 
-    def __init__(self, total_bytes: int, path: str) -> None:
+    def __init__(self, total_bytes: int, path: str, ctx: int = 0, per_token: int = 0) -> None:
         self.total, self.path = total_bytes, path
+        self.ctx, self.per_token = ctx, per_token
         self.given = 0
         self._before: int | None = None
 
@@ -85,17 +90,60 @@ class PackingGuard:
         if self.given >= max(GUARD_AFTER_BYTES, self.total // 16):
             grown = max(0, now - self._before - GUARD_SLACK_BYTES)
             needed, available = grown / self.given * (self.total - self.given), host_memory()
+            loaded = (
+                f"{self.path}: {self.given / MIB:.0f} of {self.total / MIB:.0f} MiB of weights are loaded, the rest"
+            )
             if needed > available:
                 raise ModelError(
-                    f"{self.path}: {self.given / MIB:.0f} of {self.total / MIB:.0f} MiB of weights are loaded, the rest"
-                    f" would take {needed / MIB:.0f} MiB, this machine has {available / MIB:.0f} MiB left:"
+                    f"{loaded} would take {needed / MIB:.0f} MiB, this machine has {available / MIB:.0f} MiB left:"
                     " take a smaller model, or a --backend that keeps weights packed (`runtime backends` lists them)"
+                )
+            cache = self.ctx * self.per_token if grown else 0  # which lives where the weights do
+            if needed + cache > available:
+                fits = int(available - needed) // self.per_token
+                raise ModelError(
+                    f"{loaded} and --ctx {self.ctx} would take {(needed + cache) / MIB:.0f} MiB, this machine has"
+                    f" {available / MIB:.0f} MiB left: --ctx {fits} fits"
                 )
         self.given += nbytes
 
 
 def host_memory() -> int:
-    """Memory of this machine in bytes: what is available now (Linux), else all of it."""
+    """Memory in bytes: what is available now on this machine (Linux), else all of it; less if a container has less."""
+    return min([_machine_memory(), *_container_memory()])
+
+
+def _container_memory() -> list[int]:
+    """What is left of each limit of this process's control groups, version 2 and 1: beyond, it would be killed.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html and cgroup-v1/memory.html: pages of files count as used, but are
+    given back first.
+    """
+    found: list[int] = []
+    with suppress(OSError, ValueError):
+        for line in OWN_GROUPS.read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if not controllers:
+                found += _left(CGROUPS, name, "memory.max", "memory.current", "inactive_file")
+            elif "memory" in controllers.split(","):
+                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+                found += _left(CGROUPS / "memory", name, *names)
+    return found
+
+
+def _left(root: Path, group: str, limit: str, used: str, reclaimable: str) -> Iterator[int]:
+    """What is left in the group and in those around it; inside a container only its root may be visible."""
+    folder = root / group.lstrip("/")
+    for place in dict.fromkeys((folder, *folder.parents, root)):
+        if root not in (place, *place.parents):
+            continue
+        with suppress(OSError, ValueError):  # "max" is no number
+            statistics = dict(line.split() for line in (place / "memory.stat").read_text().splitlines())
+            free = int((place / limit).read_text()) - int((place / used).read_text())
+            yield max(0, free + int(statistics[reclaimable]))
+
+
+def _machine_memory() -> int:
     try:
         with Path("/proc/meminfo").open() as lines:
             fields = dict(line.split(":", 1) for line in lines)

@@ -79,18 +79,27 @@ class Executable:
         self.backend = backend
         self._progress = progress
         self._host: dict[str, HostValue] = {}  # weights by name, as given (a memory-mapped file costs nothing)
+        self._release: dict[str, Callable[[], None]] = {}
         self._on_host: dict[str, DenseWeight] = {}  # those that calls on the host need, dequantised on first use
         self._device: dict[str, tuple[Buffer, BufferSpec]] = {}  # weights and state
         self._scratch: dict[str, tuple[Buffer, TensorType]] = {}
 
-    def add_weight(self, name: str, value: Weight | Array | Callable[[], Weight | Array]) -> None:
+    def add_weight(
+        self,
+        name: str,
+        value: Weight | Array | Callable[[], Weight | Array],
+        release: Callable[[], None] | None = None,
+    ) -> None:
         """Give the host value of a "weight" buffer, a Weight for a matrix, an array for a vector; `compile` packs it.
 
         A function is called when a program needs the value, and the value not kept: for what must be put together.
+        `release` is called when the device has its copy; the value may be needed again all the same, on the host.
         """
         if name in self._host or name in self._device:
             raise ContractError(f"weight {name!r} was added before")
         self._host[name] = value
+        if release:
+            self._release[name] = release
 
     def release_weights(self) -> None:
         """Forget the host copies; a later `compile` can only use weights that an earlier one packed."""
@@ -153,6 +162,8 @@ class Executable:
                 self._on_host[spec.name] = DenseWeight.of(self._given(spec))
             if spec.name not in self._device and (not is_matrix or spec.name in packed):
                 self._device[spec.name] = (self._to_device(self._given(spec), spec), spec)
+                if release := self._release.pop(spec.name, None):
+                    release()
         if self._progress and weights:
             self._progress("pack", len(weights), len(weights))
         for spec in specs.values():
