@@ -8,8 +8,11 @@ BACKEND ?= opencl
 DEVICE ?=
 NAME ?= $(BACKEND)
 ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
+# The interpreter that has the peers; `python bench/peers/run.py --help` says how to install them.
+PEERS ?=
+COMPARE := $(PYTHON) bench/peers/run.py $(if $(PEERS),--python "$(PEERS)")
 
-.PHONY: help check static fmt lint types fast test faults bench support conformance
+.PHONY: help check static fmt lint types fast test faults bench support conformance peers
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -49,3 +52,8 @@ conformance:     ## judge BACKEND (and DEVICE) against the contract; writes benc
 support:         ## rewrite the README's support table from bench/results/conformance-*.json
 	$(PYTHON) bench/support.py
 
+peers:           ## compare with llama.cpp, OpenVINO and torch (in PEERS=python); writes bench/results/peers-*.json
+	$(COMPARE) --tests pp512,tg128,tg32@d4096 -o bench/results/peers-smollm2-135m.json
+	$(COMPARE) --tests pp512,tg64 --model random:smollm2-1.7b --sides tvm,opencl,llama.cpp,openvino,torch-bf16 \
+		-o bench/results/peers-smollm2-1.7b.json
+	$(PYTHON) bench/peers/table.py
