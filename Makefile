@@ -3,16 +3,17 @@ BIN := $(if $(wildcard .venv/bin/python),.venv/bin/,)
 PYTHON := $(BIN)python
 PY := kernels backends runtime tests bench
 
-# What `make bench` and `make conformance` run on, and the name of the file they write.
+# What `make bench`, `make kernels` and `make conformance` run on, and the name of the file they write.
 BACKEND ?= opencl
 DEVICE ?=
+MODEL ?= 135M
 NAME ?= $(BACKEND)
 ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
 # The interpreter that has the peers; `python bench/peers/run.py --help` says how to install them.
 PEERS ?=
 COMPARE := $(PYTHON) bench/peers/run.py $(if $(PEERS),--python "$(PEERS)")
 
-.PHONY: help check static fmt lint types fast test faults bench support conformance peers
+.PHONY: help check static fmt lint types fast test faults bench kernels support conformance peers
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -44,6 +45,10 @@ faults:          ## try every planted fault of the OpenCL kernels against the su
 bench:           ## time the default model on BACKEND (and DEVICE); writes bench/results/bench-$(NAME).json
 	@mkdir -p bench/results
 	$(BIN)runtime bench --backend $(BACKEND) $(ON_DEVICE) --json > bench/results/bench-$(NAME).json
+
+kernels:         ## check and time the kernels of BACKEND in MODEL's shapes; writes bench/results/kernels-$(NAME).json and pictures
+	$(BIN)pytest bench --backend $(BACKEND) $(ON_DEVICE) --model $(MODEL) --json bench/results/kernels-$(NAME).json
+	$(PYTHON) bench/plots.py bench/results/kernels-$(NAME).json
 
 conformance:     ## judge BACKEND (and DEVICE) against the contract; writes bench/results/conformance-$(NAME).json
 	@mkdir -p bench/results

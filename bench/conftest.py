@@ -86,14 +86,15 @@ def numbers(config: pytest.Config, option: str, default: Sequence[int]) -> list[
     return sorted({int(part) for part in parts})
 
 
-def opened(config: pytest.Config) -> list[Bench]:
-    """The devices that the options choose, opened once, with their cases."""
-    if BENCHES not in config.stash:
-        try:
-            config.stash[BENCHES] = list(open_benches(config))
-        except UsageError as error:
-            raise pytest.UsageError(str(error)) from error
-    return config.stash[BENCHES]
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Opens the devices that the options choose, with their cases."""
+    try:
+        benches = list(open_benches(session.config))
+    except UsageError as error:
+        raise pytest.UsageError(str(error)) from error
+    session.config.stash[BENCHES] = benches
+    if not any(bench.cases for bench in benches):
+        raise pytest.UsageError("no case left: the models call none of these ops at so many tokens")
 
 
 def open_benches(config: pytest.Config) -> Iterator[Bench]:
@@ -143,11 +144,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         pairs = [
             pytest.param(bench, case, id=f"{bench.backend.name}:{index}-{case.name}")
-            for index, bench in enumerate(opened(metafunc.config))
+            for index, bench in enumerate(metafunc.config.stash[BENCHES])
             for case in bench.cases
         ]
-        if not pairs:
-            raise pytest.UsageError("no case left: the models call none of these ops at so many tokens")
         metafunc.parametrize(("bench", "case"), pairs)
 
 

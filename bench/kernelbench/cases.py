@@ -11,6 +11,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 from polykern.kernels.errors import ContractError, UsageError
 from polykern.kernels.op import Case, Op, Param, Signature, TensorType, signature_bytes
 from polykern.kernels.ops import OPS, case_signature
@@ -59,7 +60,7 @@ class Model:
             vocab_size=self.vocab,
             head_dim=self.head_dim,
             layers=layers,
-            rms_eps=1e-5,
+            rms_eps=float(np.float32(1e-5)),  # as a file holds it
             rope=Rope(self.head_dim, self.rope_base, RopeScaling()),
             attention_scale=0.0,
             attention_softcap=0.0,

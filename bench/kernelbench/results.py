@@ -89,11 +89,15 @@ class Row:
         self.fraction = least / self.median_s
 
     @property
-    def spread(self) -> float | None:
+    def middle(self) -> tuple[float, float]:
+        """The ends of the middle half of the rounds, in seconds per call."""
+        return self.q1_s or 0.0, self.q3_s or 0.0
+
+    @property
+    def spread(self) -> float:
         """The middle half of the rounds, as a part of the median."""
-        if self.median_s is None or self.q1_s is None or self.q3_s is None:
-            return None
-        return (self.q3_s - self.q1_s) / self.median_s
+        low, high = self.middle
+        return (high - low) / self.median_s if self.median_s else 0.0
 
 
 def device_entry(
@@ -153,7 +157,10 @@ def read(path: Path) -> dict[str, Any]:
     if document.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {document.get('schema')!r}, expected {SCHEMA}: run `pytest bench` again")
     fields = set(Row.__dataclass_fields__)
-    document["rows"] = [Row(**{k: v for k, v in row.items() if k in fields}) for row in document["rows"]]
+    try:
+        document["rows"] = [Row(**{k: v for k, v in row.items() if k in fields}) for row in document["rows"]]
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: a row is no row: {error}") from error
     return document
 
 
@@ -213,11 +220,12 @@ def table(rows: Sequence[Row], *, is_terminal: bool) -> str:
     for column in COLUMNS:
         drawn.add_column(column, justify="left" if column in LEFT else "right", no_wrap=True)
     styles = {"timed": "", "unsupported": "dim", "failed": "red"}
-    for (model, _), group in itertools.groupby(rows, key=lambda row: (row.model, row.tokens)):
+    for model, of_model in itertools.groupby(rows, key=lambda row: row.model):
         drawn.add_row(f"[bold]{model}[/bold]")
-        for row in group:
-            drawn.add_row(*cells(row), style=styles[row.status])
-        drawn.add_section()
+        for _, group in itertools.groupby(of_model, key=lambda row: row.tokens):
+            for row in group:
+                drawn.add_row(*cells(row), style=styles[row.status])
+            drawn.add_row()
     width = max(140, shutil.get_terminal_size().columns) if is_terminal else 200
     console = Console(width=width, force_terminal=is_terminal, highlight=False)
     with console.capture() as captured:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +19,22 @@ from polykern.kernels.ops import OPS
 from polykern.kernels.quant import FORMATS, Array, Weight
 from polykern.kernels.spi import Backend, BoundCall, DeviceTensor, Kernel, Launch, Unsupported
 from polykern.kernels.testdata import inputs_for, large_weight, part
+from polykern.runtime.memory import host_memory
 
 from .cases import BenchCase
 
 STREAM_BYTES = 512 << 20  # what a case rotates over at most: as much as the read probe sweeps (runtime/bandwidth.py)
 MOST_COPIES = 1024
-POOL_BYTES = 4 << 30  # weights and pages kept for the next case
+POOL_BYTES = 4 << 30  # of weights and pages, as in a file, that are kept for the next case
+SPARE_BYTES = 3 << 30  # of the host's memory left free; a backend that unpacks 4 bits to 32 gets fewer copies
 CHECKED_WORK = 3e8  # of the float64 reference: flops, and 64 for each byte, most of it dequantisation
 
 ROUND_S = 0.02  # a round shorter than this is repeated launches: the clock and one synchronisation vanish in it
 LEAST_ROUNDS, MOST_ROUNDS = 5, 50
 MOST_LAUNCHES = 20_000
+
+
+Key = tuple[str, TensorType, int]  # "weight" or a parameter's name, its type, and the how manieth of that in a call
 
 
 class Refused(PolykernError):
@@ -48,8 +53,8 @@ class Stand:
 
     def __init__(self, backend: Backend, contract: Mapping[str, Op] = OPS) -> None:
         self.backend, self.contract = backend, contract
-        self._pool: dict[tuple[Any, ...], list[Any]] = {}
-        self._hosts: dict[tuple[Any, ...], Any] = {}
+        self._pool: dict[Key, list[Any]] = {}
+        self._hosts: dict[Key, Any] = {}
 
     def place(self, case: BenchCase) -> Placed:
         """Data, buffers and launches of a case. Raises Refused, or whatever the backend raises."""
@@ -70,7 +75,7 @@ class Stand:
         shared: dict[str, Any] = {}
         for name, kind in signature.tensors.items():
             if name in keys:
-                self._fill(keys[name], inputs[name], copies)
+                copies = min(copies, self._fill(keys[name], inputs[name], copies, keys.values()))
             elif isinstance(inputs.get(name), Weight):
                 shared[name] = self.backend.pack(inputs[name])
             else:
@@ -93,9 +98,9 @@ class Stand:
         self._pool.clear()
         self._hosts.clear()
 
-    def _keys(self, op: Op, case: BenchCase) -> dict[str, tuple[Any, ...]]:
+    def _keys(self, op: Op, case: BenchCase) -> dict[str, Key]:
         """Where in the pool each streamed parameter is found; two of one type in a call are two entries."""
-        keys: dict[str, tuple[Any, ...]] = {}
+        keys: dict[str, Key] = {}
         for name in case.streamed:
             kind = case.signature.tensors[name]
             what = "weight" if kind.dtype in FORMATS else name
@@ -103,7 +108,7 @@ class Stand:
             keys[name] = (what, kind, ordinal)
         return keys
 
-    def _weight(self, key: tuple[Any, ...], rng: np.random.Generator) -> Weight:
+    def _weight(self, key: Key, rng: np.random.Generator) -> Weight:
         if key not in self._hosts:
             self._hosts[key] = large_weight(rng, key[1])
         return self._hosts[key]
@@ -115,28 +120,34 @@ class Stand:
         wanted = math.ceil(min(case.reach, STREAM_BYTES) / per_call) if per_call else 1
         return max(1, min(wanted, MOST_COPIES))
 
-    def _fill(self, key: tuple[Any, ...], value: Any, count: int) -> None:
-        """Make the pool hold `count` copies of `value`; the first holds it again where a kernel wrote to it."""
+    def _fill(self, key: Key, value: Any, count: int, needed: Collection[Key]) -> int:
+        """Make the pool hold `count` copies of `value`, or as many as the host's memory allows; how many it holds."""
         copies = self._pool.setdefault(key, [])
         while len(copies) < count:
+            if copies and host_memory() < SPARE_BYTES and not self._drop(needed):
+                break
             if isinstance(value, Weight):
                 copies.append(self.backend.pack(value))
             else:
                 copies.append(self.backend.alloc(type_of(value)))
                 self.backend.write(copies[-1], value)
+        return len(copies)
 
-    def _make_room(self, needed: Any) -> None:
+    def _make_room(self, needed: Collection[Key]) -> None:
         """Drop what was used least recently while more than POOL_BYTES are held."""
         for key in needed:
             if key in self._pool:
                 self._pool[key] = self._pool.pop(key)  # to the end: most recently used
-        held = {key: len(copies) * bytes_of(key[1]) for key, copies in self._pool.items()}
-        for key in list(self._pool):
-            if sum(held.values()) <= POOL_BYTES:
+        while sum(len(copies) * bytes_of(key[1]) for key, copies in self._pool.items()) > POOL_BYTES:
+            if not self._drop(needed):
                 break
-            if key not in needed:
-                del self._pool[key]
-                held.pop(key)
+
+    def _drop(self, needed: Collection[Key]) -> bool:
+        """Forget the buffers of one type that are not `needed` now; whether there were any."""
+        idle = next((key for key in self._pool if key not in needed), None)
+        if idle is not None:
+            del self._pool[idle]
+        return idle is not None
 
 
 def bytes_of(kind: TensorType) -> int:
