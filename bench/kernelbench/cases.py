@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+from generate_model import SHAPES, Shape
 from polykern.kernels.errors import ContractError, UsageError
 from polykern.kernels.op import Case, Op, Param, Signature, TensorType, signature_bytes
 from polykern.kernels.ops import OPS, case_signature
@@ -27,41 +28,37 @@ CONTEXTS = (128, 4096)
 
 @dataclass(frozen=True)
 class Model:
-    """The sizes of a published model, and the formats its weights usually come in (`head`: the logits' matrix)."""
+    """The shape of a published model, and the formats its weights usually come in (`head`: the logits' matrix)."""
 
     name: str
-    layers: int
-    embedding: int
-    feed_forward: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocab: int
+    shape: Shape
     format: str
     head_format: str
-    is_tied: bool = True
-    rope_base: float = 10000.0
+
+    @property
+    def head_dim(self) -> int:
+        return self.shape.d_model // self.shape.heads
 
     def config(self, context: int) -> ModelConfig:
         architecture = ARCHITECTURES["llama"]
-        layers = (Layer(self.heads, self.kv_heads, self.feed_forward),) * self.layers
+        layers = (Layer(self.shape.heads, self.shape.kv_heads, self.shape.ff),) * self.shape.layers
         tensors: dict[str, TensorType] = {}
         for name, shape, is_required in expected_tensors(
-            architecture, self.vocab, self.embedding, self.head_dim, layers
+            architecture, self.shape.vocab, self.shape.d_model, self.head_dim, layers
         ):
-            is_head = name == ("token_embd.weight" if self.is_tied else "output.weight")
+            is_head = name == ("token_embd.weight" if self.shape.tied else "output.weight")
             if is_required or is_head:
                 dtype = "f32" if len(shape) == 1 else self.head_format if is_head else self.format
                 tensors[name] = TensorType(shape, dtype)
         return ModelConfig(
             architecture=architecture,
             context_length=context,
-            embedding_length=self.embedding,
-            vocab_size=self.vocab,
+            embedding_length=self.shape.d_model,
+            vocab_size=self.shape.vocab,
             head_dim=self.head_dim,
             layers=layers,
             rms_eps=float(np.float32(1e-5)),  # as a file holds it
-            rope=Rope(self.head_dim, self.rope_base, RopeScaling()),
+            rope=Rope(self.head_dim, self.shape.rope_base, RopeScaling()),
             attention_scale=0.0,
             attention_softcap=0.0,
             final_softcap=0.0,
@@ -72,21 +69,21 @@ class Model:
         """Lengths of axes by the names that the contract gives them."""
         pages = -(-context // page_size)
         return {
-            "tokens": tokens, "rows": 1, "sequences": 1, "vocab": self.vocab,
-            "features": self.embedding, "in_features": self.embedding, "out_features": self.feed_forward,
-            "heads": self.heads, "kv_heads": self.kv_heads, "head_dim": self.head_dim, "rot_dim": self.head_dim,
-            "table_length": context, "pages": pages, "max_pages": pages, "page_size": page_size,
+            "tokens": tokens, "rows": 1, "sequences": 1, "vocab": self.shape.vocab,
+            "features": self.shape.d_model, "in_features": self.shape.d_model, "out_features": self.shape.ff,
+            "heads": self.shape.heads, "kv_heads": self.shape.kv_heads, "head_dim": self.head_dim,
+            "rot_dim": self.head_dim, "table_length": context, "pages": pages, "max_pages": pages, "page_size": page_size,
         }  # fmt: skip
 
 
-# config.json of HuggingFaceTB/SmolLM2-135M-Instruct, SmolLM2-1.7B-Instruct and meta-llama/Meta-Llama-3-8B. Formats: the
-# default model's file; Q4_0 throughout; llama.cpp's Q4_K_M, but for the tensors that it keeps in Q6_K beside the head.
+# Formats: those of the default model's file; Q4_0 throughout; llama.cpp's Q4_K_M, but for the matrices which that keeps
+# in Q6_K beside the head.
 MODELS: Mapping[str, Model] = {
     model.name: model
     for model in (
-        Model("135M", 30, 576, 1536, 9, 3, 64, 49152, "Q4_1", "Q8_0"),
-        Model("1.7B", 24, 2048, 8192, 32, 32, 64, 49152, "Q4_0", "Q4_0"),
-        Model("8B", 32, 4096, 14336, 32, 8, 128, 128256, "Q4_K", "Q6_K", is_tied=False, rope_base=500000.0),
+        Model("135M", SHAPES["smollm2-135m"], "Q4_1", "Q8_0"),
+        Model("1.7B", SHAPES["smollm2-1.7b"], "Q4_0", "Q4_0"),
+        Model("8B", SHAPES["llama-3.1-8b"], "Q4_K", "Q6_K"),
     )
 }
 
