@@ -129,8 +129,8 @@ class Backend(Protocol):
     bind       a launch with all arguments set
     capture    the launches of one step as one replayable unit (graph, command buffer, launch list)
 
-    A backend may also have `peaks() -> Mapping[str, float]`: how fast the device reads ("read", GB/s) and computes ("f32",
-    "int8", Gop/s, a multiply-add counting as two), as measured now. `pytest bench` compares kernels with it.
+    A backend may also have `peaks() -> Mapping[str, float]`, measured now: "read" in GB/s, "f32" and "int8" in Gop/s, a
+    multiply-add counting as two. `pytest bench` compares kernels with it.
     """
 
     name: str

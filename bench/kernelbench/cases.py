@@ -72,7 +72,8 @@ class Model:
             "tokens": tokens, "rows": 1, "sequences": 1, "vocab": self.shape.vocab,
             "features": self.shape.d_model, "in_features": self.shape.d_model, "out_features": self.shape.ff,
             "heads": self.shape.heads, "kv_heads": self.shape.kv_heads, "head_dim": self.head_dim,
-            "rot_dim": self.head_dim, "table_length": context, "pages": pages, "max_pages": pages, "page_size": page_size,
+            "rot_dim": self.head_dim, "table_length": context,
+            "pages": pages, "max_pages": pages, "page_size": page_size,
         }  # fmt: skip
 
 
