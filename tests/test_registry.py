@@ -87,10 +87,11 @@ def test_own_backends_are_listed_first_and_lazily(install: Install) -> None:
     assert [(e.name, e.distribution) for e in entries] == [
         ("null", "polykern"),
         ("opencl", "polykern"),
+        ("opencl-tvm", "polykern"),
         ("reference", "polykern"),
         ("a_first", "acme-npu"),
     ]
-    assert entries[2].value == "polykern.backends.reference:provider"
+    assert entries[3].value == "polykern.backends.reference:provider"
     assert not [m for m in sys.modules if m.startswith("plugin_") and m.endswith("acme_npu")]
 
 
@@ -109,11 +110,14 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("opncl", "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, reference"),
-        ("referense", "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, reference"),
-        ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, reference"),
-        ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, reference"),
-        ("", "unknown backend ''; known: auto, null, opencl, reference"),
+        ("opncl", "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference"),
+        (
+            "referense",
+            "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, opencl-tvm, reference",
+        ),
+        ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, opencl-tvm, reference"),
+        ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, opencl-tvm, reference"),
+        ("", "unknown backend ''; known: auto, null, opencl, opencl-tvm, reference"),
     ],
 )
 def test_unknown_name(name: str, text: str) -> None:
@@ -290,7 +294,7 @@ def test_malformed_metadata_harms_nobody(install: Install) -> None:
 def test_allow_list(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("acme-a", "a", GOOD.format(order=None), site="a")
     install("acme-b", "b", GOOD.format(order=None), site="b")
-    own = ["null", "opencl", "reference"]
+    own = ["null", "opencl", "opencl-tvm", "reference"]
     monkeypatch.setenv("POLYKERN_BACKENDS", "")
     assert [e.name for e in list_backends()] == own
     with pytest.raises(UsageError, match=r"^backend 'a' is switched off by POLYKERN_BACKENDS='': add a to it$"):

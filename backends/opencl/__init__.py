@@ -46,7 +46,7 @@ class OpenCLBackend:
 
         self._cl = cl
         self._progress = progress
-        self._kernels = _kernels()
+        self._kernels = self.kernels()
         self._programs: dict[ProgramSpec, Any] = {}
         self._scratch: dict[str, Any] = {}
         self._kept: list[Any] = []
@@ -68,7 +68,7 @@ class OpenCLBackend:
             for axis, length in zip(found.param(name).axes, kind.shape, strict=True):
                 if length > LONGEST_AXIS:
                     return Unsupported(signature.op, f"{axis} {length} > {LONGEST_AXIS}: kernels count in 32 bits")
-        return Kernel(f"opencl.{kernel.programs(signature)[0].label}", kernel.numerics(signature))
+        return Kernel(f"{self.name}.{kernel.programs(signature)[0].label}", kernel.numerics(signature))
 
     def prepare(self, signatures: Sequence[Signature]) -> None:
         """Build every program these calls need, in one child process if any is not in the cache yet."""
@@ -139,8 +139,7 @@ class OpenCLBackend:
         for name, tensor in call.tensors.items():
             size = tensor.buffer.size
             if tensor.dtype in FORMATS:
-                out_features, in_features = tensor.shape
-                fits = size >= tiles_of(out_features) * TILE_ROWS * FORMATS[tensor.dtype].row_bytes(in_features)
+                fits = size >= self.packed_bytes(tensor.dtype, tensor.shape)
             else:
                 end = tensor.offset + span(tensor.shape, tensor.row_stride)
                 overlaps = tensor.row_stride < dense_stride(tensor.shape)
@@ -174,6 +173,15 @@ class OpenCLBackend:
         self._programs.clear()
         self._scratch.clear()
         self._kept.clear()
+
+    # What a backend with other kernels for the same devices replaces, with `pack` (backends/tvm/opencl.py)
+
+    def kernels(self) -> dict[str, OpKernel]:
+        return _kernels()
+
+    def packed_bytes(self, fmt: str, shape: tuple[int, ...]) -> int:
+        """Size of what `pack` returns for a weight."""
+        return tiles_of(shape[0]) * TILE_ROWS * FORMATS[fmt].row_bytes(shape[1])
 
     # What the op files use
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..output import Output
-from . import backends, bench, conformance, doctor, generate, inspect, perplexity, plan, pull, tokenize
+from . import backends, bench, compile, conformance, doctor, generate, inspect, perplexity, plan, pull, tokenize
 
 
 class Command(Protocol):
@@ -35,5 +35,6 @@ COMMANDS: Mapping[str, Command] = {
     "inspect": inspect,
     "pull": pull,
     "conformance": conformance,
+    "compile": compile,
     "doctor": doctor,
 }

@@ -1,0 +1,1 @@
+"""Kernels written in TIR, compiled by TVM."""
