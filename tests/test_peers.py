@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -127,6 +128,22 @@ def test_an_idle_side_stands_still(run: ModuleType, model: Path) -> None:
     assert child._process.returncode == 0
 
 
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal that ends it is Linux'")
+def test_no_side_outlives_a_run_that_was_killed(model: Path) -> None:
+    code = (
+        f"import os, sys; sys.path.insert(0, {str(PEERS)!r}); from child import Child\n"
+        f"options = dict(model={str(model)!r}, threads=1, ctx=64, backend='reference')\n"
+        "print(Child('ours', options, sys.executable)._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    parent = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, check=False, timeout=120)
+    assert parent.returncode == -9
+    child, until = Path(f"/proc/{int(parent.stdout)}/stat"), time.monotonic() + 5
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
 def test_what_is_asked_for_wrongly(
     run: ModuleType, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -160,7 +177,7 @@ def document(**changes: Any) -> dict[str, Any]:
         "sides": [side("tvm", False, [60.0, 40.0, 50.0]), side("opencl", False, [30.0, 30.0, 30.0]),
                   side("llama.cpp:Q4_0", True, [20.0, 20.0, 25.0])],
         "read_gb_per_s": 24.25,
-        "host": {"model": "A CPU"},
+        "host": {"model": "A CPU", "flags": ["avx2", "amx_int8"]},
         "date": "2026-01-02T03:04:05+00:00",
         "commit": "0123456789abcdef",
     }  # fmt: skip
@@ -178,13 +195,13 @@ def test_the_table_of_the_readme(run: ModuleType) -> None:
         "| **polykern opencl** | 300 (300–300) | 30.0 (30.0–30.0) |",
         "| llama.cpp, file requantised to Q4_0 | 200 (200–250), 2.00× | 20.0 (20.0–25.0), 2.00× |",
         "",
-        "A CPU, 2 threads, memory read at 24.2 GB/s in the same run; 2026-01-02, commit 0123456789ab.  ",
+        "A CPU with AMX, 2 threads, memory read at 24.2 GB/s in the same run; 2026-01-02, commit 0123456789ab.  ",
     ]
     readme = f"before {table.BEGIN}\nold\n{table.END} after"
     made = table.with_tables(readme, {"a": document(), "b": document(threads=4)})
     assert made.startswith(f"before {table.BEGIN}\n\n| `m.gguf`")
     assert made.endswith(f"0123456789ab.  \n{table.END} after")
-    assert "A CPU, 4 threads" in made
+    assert "A CPU with AMX, 4 threads" in made
 
 
 def test_the_comparison_in_the_readme_is_up_to_date(run: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:

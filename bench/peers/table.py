@@ -100,10 +100,11 @@ def markdown(document: Document) -> str:
             cells.append(cell)
         lines.append(f"| {title(side)} | {' | '.join(cells)} |")
     commit, date = (document["commit"] or "unknown")[:12], document["date"][:10]
+    host = document["host"]["model"] + (" with AMX" if "amx_int8" in document["host"].get("flags", ()) else "")
     read = f"memory read at {document['read_gb_per_s']:.1f} GB/s in the same run"
     lines += [
         "",
-        f"{document['host']['model']}, {document['threads']} threads, {read}; {date}, commit {commit}.  ",
+        f"{host}, {document['threads']} threads, {read}; {date}, commit {commit}.  ",
     ]
     return "\n".join(lines)
 
