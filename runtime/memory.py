@@ -18,8 +18,10 @@ MIB = 1 << 20
 CGROUPS = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
 
-# How much of a model must be packed before `PackingGuard` extrapolates, and what it takes for temporary arrays.
+# How much of a model must be packed before `PackingGuard` extrapolates, how often it looks (0.6 ms each), and what it
+# takes for temporary arrays.
 GUARD_AFTER_BYTES = 64 * MIB
+GUARD_EVERY_BYTES = 16 * MIB
 GUARD_SLACK_BYTES = 256 * MIB
 
 
@@ -81,13 +83,15 @@ class PackingGuard:
         self.ctx, self.per_token = ctx, per_token
         self.given = 0
         self._before: int | None = None
+        self._next = max(GUARD_AFTER_BYTES, total_bytes // 16)
 
     def hand_out(self, nbytes: int) -> None:
         """To be called before `nbytes` of the file are given to the backend. Raises ModelError with the numbers."""
         now = anonymous_memory()
         if self._before is None:
             self._before = now
-        if self.given >= max(GUARD_AFTER_BYTES, self.total // 16):
+        if self.given >= self._next:
+            self._next = self.given + GUARD_EVERY_BYTES
             grown = max(0, now - self._before - GUARD_SLACK_BYTES)
             needed, available = grown / self.given * (self.total - self.given), host_memory()
             loaded = (

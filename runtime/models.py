@@ -15,6 +15,7 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "smollm2-135m-instruct"
 HUB_PREFIX = "hf:"
 LOCK_WAIT_S = 1800  # another process may be fetching the same file over a slow line
+CONNECT_WAIT_S = 10
 CHUNK = 1 << 20
 
 
@@ -262,12 +264,15 @@ def _chunks(source: IO[bytes]) -> Iterator[bytes]:
 
 
 def _from_hub(text: str) -> Path:
-    """hf:OWNER/REPO/FILE.gguf through huggingface_hub, which has its own cache, progress bars and offline switch."""
+    """hf:OWNER/REPO/FILE.gguf through huggingface_hub, which has its own cache, progress bars and offline switch.
+
+    A file that is in its cache is taken as it is, without asking the network.
+    """
     parts = text.removeprefix(HUB_PREFIX).split("/", 2)
     if len(parts) != 3 or not all(parts):
         raise UsageError(f"model {text!r}: expected hf:OWNER/REPO/FILE.gguf")
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import constants, hf_hub_download
         from huggingface_hub.utils import disable_progress_bars
     except ImportError as error:
         raise ModelError(
@@ -278,10 +283,31 @@ def _from_hub(text: str) -> Path:
     # It logs each of its retries; what comes of them is in the error.
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     owner, repository, file = parts
+    with contextlib.suppress(Exception):  # what is wrong, if it is more than not being there, the next call says
+        return Path(hf_hub_download(f"{owner}/{repository}", file, local_files_only=True))
+    _require_connection(text, constants.ENDPOINT)
     try:
         return Path(hf_hub_download(f"{owner}/{repository}", file))
     except Exception as error:  # the hub's client raises its own, requests', httpx' and OS errors
         first = next(iter(str(error).strip().splitlines()), "")
         raise ModelError(
             f"{text}: {type(error).__name__}: {first}; or pass a file that is already here: -m FILE"
+        ) from error
+
+
+def _require_connection(text: str, endpoint: str) -> None:
+    """Say at once that there is no network: the hub's client would try for half a minute."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    url = urlsplit(endpoint)
+    if getproxies() or not url.hostname:  # a proxy finds the way; nobody else needs to know it
+        return
+    try:
+        port = url.port or (80 if url.scheme == "http" else 443)
+        socket.create_connection((url.hostname, port), timeout=CONNECT_WAIT_S).close()
+    except OSError as error:
+        raise ModelError(
+            f"{text}: no connection to {url.hostname}: {error.strerror or error}; check the network, or pass a file"
+            " that is already here: -m FILE"
         ) from error

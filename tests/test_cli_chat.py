@@ -216,6 +216,18 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+def test_interrupt_while_modules_are_imported() -> None:
+    code = (
+        "import sys\nfrom polykern.runtime.__main__ import main\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'polykern.runtime.commands': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupt())\nsys.exit(main())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, cwd="/")
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
 @pytest.mark.parametrize("json_flag", [(), ("--json",)])
 def test_interrupt_keeps_what_was_said(capsys: pytest.CaptureFixture[str], model: str, json_flag: tuple[str]) -> None:
     command = [*ON_REFERENCE, model, "--raw", "-n", "200", "in the world"]

@@ -210,13 +210,16 @@ def test_hub_library_missing(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hub_library_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     asked: list[tuple[str, str]] = []
 
-    def download(repository: str, file: str) -> str:
+    def download(repository: str, file: str, local_files_only: bool = False) -> str:
+        if local_files_only and file != "folder/file.gguf":
+            raise FileNotFoundError("not in the cache")
         asked.append((repository, file))
         if file == "gone.gguf":
             raise RuntimeError("404\nlong story")
         return str(tmp_path / file)
 
-    hub = SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setattr("socket.create_connection", lambda *_, **__: SimpleNamespace(close=lambda: None))
+    hub = SimpleNamespace(hf_hub_download=download, constants=SimpleNamespace(ENDPOINT="https://hub.test"))
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     utilities = SimpleNamespace(disable_progress_bars=lambda: None)
     monkeypatch.setitem(sys.modules, "huggingface_hub.utils", utilities)
@@ -226,6 +229,22 @@ def test_hub_library_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     with pytest.raises(ModelError, match=r"^hf:owner/repo/gone.gguf: RuntimeError: 404; or pass a file"):
         resolve("hf:owner/repo/gone.gguf")
     assert not logging.getLogger("huggingface_hub.utils._http").isEnabledFor(logging.WARNING)  # its retries
+
+
+def test_hub_without_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One try to connect, not half a minute of the client's retries."""
+    pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+    from huggingface_hub import constants
+
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # the discard port: connection refused
+    with pytest.raises(ModelError) as error:
+        resolve("hf:owner/repo/file.gguf")
+    assert str(error.value) == (
+        "hf:owner/repo/file.gguf: no connection to 127.0.0.1: Connection refused; check the network, or pass a file"
+        " that is already here: -m FILE"
+    )
 
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

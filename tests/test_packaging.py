@@ -93,7 +93,7 @@ def test_kernels_sources_and_type_markers_are_in_the_wheel(wheel: zipfile.ZipFil
 def test_the_console_script_and_the_backends_are_registered(wheel: zipfile.ZipFile) -> None:
     (name,) = (n for n in wheel.namelist() if n.endswith(".dist-info/entry_points.txt"))
     text = wheel.read(name).decode()
-    assert "runtime = polykern.runtime.cli:main" in text
+    assert "runtime = polykern.runtime.__main__:main" in text
     for backend in ("opencl", "reference", "null"):
         assert f"{backend} = polykern.backends.{backend}:provider" in text
 
