@@ -12,10 +12,11 @@ import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from polykern.backends.opencl import cache, compiler, device, program, runtimes
+from polykern.backends.opencl import cache, compiler, device, environment, program, runtimes
 from polykern.kernels.errors import BackendUnavailable, DeviceError
 
 SCALE = """
@@ -462,6 +463,15 @@ def test_key_depends_on_source_options_and_compiler_variables(any_opened, monkey
     assert program._fields(info, SCALE, []) != plain
 
 
+@pytest.mark.parametrize("free", [environment.POCL_BYTES, environment.POCL_BYTES - 1])
+def test_pocl_keeps_off_a_full_disk(free, monkeypatch, cache_folder):
+    monkeypatch.delenv("POCL_CACHE_DIR", raising=False)
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: SimpleNamespace(free=free))
+    environment.prepare_pocl()
+    kept = os.environ.pop("POCL_CACHE_DIR")
+    assert (kept == str(cache_folder / "pocl")) == (free == environment.POCL_BYTES)
+
+
 def test_a_foreign_entry_is_not_used(opened, cache_folder):
     opened.build_many({"five.cl": (SCALE, ["-DFACTOR=5.0f"])})
     (five,) = (cache_folder / "programs").glob("*.bin")
@@ -525,6 +535,10 @@ def test_compile_error(opened, cache_folder):
         (
             "import os, sys; print('LLVM ERROR: Cannot select', file=sys.stderr, flush=True); os.abort()",
             "the OpenCL compiler died of SIGABRT on scale.cl; its last words: LLVM ERROR: Cannot select (all ",
+        ),
+        (
+            "import sys; sys.exit('LLVM ERROR: IO failure on output stream: No space left on device')",
+            "); free some space, or set POLYKERN_CACHE_DIR to a folder on another disk",
         ),
         ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "the OpenCL compiler died of SIGSEGV on scale.cl"),
         ("raise SystemExit('no pyopencl')", "process ended with status 1 on scale.cl; its last words: no pyopencl"),

@@ -57,7 +57,9 @@ def compile_programs(
                 what = child.end(current)
                 path = disk.save_log(current, fields[current], child.stderr_text())
                 log = f" (all it printed: {path})" if path else ""
-                raise DeviceError(f"{info.label}: the OpenCL compiler {what}{log}")
+                full = "No space left on device" in child.stderr_text()
+                hint = "; free some space, or set POLYKERN_CACHE_DIR to a folder on another disk" if full else ""
+                raise DeviceError(f"{info.label}: the OpenCL compiler {what}{log}{hint}")
             if "start" in message:
                 current = message["start"]
             elif "failed" in message:

@@ -20,6 +20,9 @@ THREAD_VARIABLES = {
     "pocl": ("POCL_CPU_MAX_CU_COUNT", "POCL_MAX_PTHREAD_COUNT"),  # the new name and the old
 }
 
+# PoCL fails where its folder is full. What it unpacks for one model takes 1.3 MB (SmolLM2-135M), other formats as much.
+POCL_BYTES = 32 << 20
+
 
 def cache_root() -> Path:
     """The folder of everything the OpenCL backend keeps: `$POLYKERN_CACHE_DIR/opencl`, or the user's cache folder."""
@@ -54,7 +57,7 @@ def prepare_pocl() -> None:
     os.environ.setdefault("POCL_WORK_GROUP_SPECIALIZATION", "0")
     if "POCL_CACHE_DIR" not in os.environ:
         folder = cache_root() / "pocl"
-        if not _is_writable(folder):
+        if not _is_writable(folder) or shutil.disk_usage(folder).free < POCL_BYTES:
             folder = temporary_folder("polykern-pocl-")
         _remove_probes(folder)
         os.environ["POCL_CACHE_DIR"] = str(folder)
