@@ -164,7 +164,7 @@ def generate(found: Needs, target: Any, about: Mapping[str, Any], progress: Prog
     manifest = {
         "format": FORMAT,
         "polykern": metadata.version("polykern"),
-        "tvm": metadata.version("apache-tvm"),
+        "tvm": targets.version(),
         "target": json.loads(str(target)),
         **about,
         "how_to_launch": machine.loader,

@@ -21,8 +21,8 @@ MEAN_NLL_DIFFERENCE = {"exact": 0.005, "fast": 0.067}  # per token; 0.067 is lla
 
 SIMULATORS = ("oclgrind", "emulation")  # would take hours
 
-# `null` computes nothing, and `reference` nothing else when it may be fast.
-PRECISIONS = {"null": (), "reference": ("exact",)}
+# `null` computes nothing; `reference` and `opencl-tvm` compute the same when they may be fast.
+PRECISIONS = {"null": (), "reference": ("exact",), "opencl-tvm": ("exact",)}
 
 
 def devices() -> list[ParameterSet]:

@@ -1,4 +1,5 @@
-"""Every op of the contract, every case, on every device found on this machine; nothing unsupported, no mutant alive."""
+"""Every op of the contract, every case, on every device found on this machine; no mutant alive, and nothing unsupported
+but the fused ops that a backend leaves to their decomposition."""
 
 from __future__ import annotations
 
@@ -12,6 +13,8 @@ from polykern.kernels.ops import OPS
 from polykern.kernels.spi import Backend
 
 pytestmark = pytest.mark.slow
+
+TAKEN_APART = {"opencl-tvm": ("rms_norm_gemm", "rms_norm_gemm_glu")}
 
 
 @pytest.fixture(scope="module", params=devices())
@@ -27,6 +30,9 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 def test_conforms(backend: Backend, op: str) -> None:
     report = run(backend, ops=[op])
     summary = report.summary()
+    if op in TAKEN_APART.get(backend.name, ()):
+        assert summary["unsupported"] == len(OPS[op].cases)
+        return
     assert report.ok, "\n".join(str(problem) for problem in [*report.failures, *report.survivors, *report.missing])
     assert summary["passed"] == len(OPS[op].cases)
     assert summary["unsupported"] == summary["failed"] == 0

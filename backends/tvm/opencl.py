@@ -8,19 +8,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib import metadata
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 
-from ...kernels.errors import BackendUnavailable
 from ...kernels.op import NUMPY_DTYPES, Signature
 from ...kernels.quant import FORMATS, Weight
 from ...kernels.spi import BoundCall, DeviceInfo, Kernel, OpenOptions, Unsupported
 from ..opencl import OpenCLBackend, OpenCLProvider
 from ..opencl.launch import Enqueue, OpKernel
-from .portable import emit, names
+from .portable import emit, names, targets
 from .portable.machine import MACHINES
 
 MACHINE = MACHINES["opencl"]
@@ -101,22 +98,17 @@ class TVMOpenCLProvider(OpenCLProvider):
     order: int | None = None
 
     def devices(self) -> Sequence[DeviceInfo]:
-        _check_tvm()
+        targets.require_tvm()
         return super().devices()
 
     def open(self, options: OpenOptions) -> TVMOpenCLBackend:
         from ..opencl.device import open_device
 
-        _check_tvm()
+        targets.require_tvm()
         return TVMOpenCLBackend(open_device(options.device, options.threads), options.progress)
 
     def describe(self) -> Mapping[str, Any]:
-        return {**super().describe(), "tvm": metadata.version("apache-tvm") if find_spec("tvm") else "not installed"}
-
-
-def _check_tvm() -> None:
-    if find_spec("tvm") is None:
-        raise BackendUnavailable("needs TVM, which is not installed: pip install 'polykern[tvm]'")
+        return {**super().describe(), "tvm": targets.version()}
 
 
 provider = TVMOpenCLProvider()

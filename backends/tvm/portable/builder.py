@@ -128,7 +128,7 @@ class Builder:
         self._target, self._expression = target, ir.Expr
         self.parameters: list[Parameter] = []
         self.tensors: dict[str, Any] = {}
-        self.grid, self.block = 1, machine.lanes
+        self.grid, self.lanes = 1, machine.lanes
         self.function: Any = None
         self.lane: Expr = 0
         self._shared: dict[str, Any] = {}
@@ -196,10 +196,15 @@ class Builder:
 
     # Sharing out work
 
+    def widen(self, lanes: int) -> None:
+        """More lanes than usual, where there are any: for long rows. Before the first statement."""
+        if not self.machine.is_serial:
+            self.lanes = lanes
+
     @contextmanager
     def each(self, *extents: int) -> Generator[tuple[Expr, ...]]:
         """Independent items, one work-item each: the indices of one of them."""
-        count, lanes = math.prod(extents), self.machine.lanes
+        count, lanes = math.prod(extents), self.lanes
         if self.machine.is_serial:
             with self.T.serial(count) as item:
                 yield self._unravel(item, extents)
@@ -224,13 +229,13 @@ class Builder:
         self.grid = count
         with self._launch() as block:
             for dtype in reduces:
-                self._shared[DTYPES[dtype]] = self.T.alloc_buffer((self.machine.lanes,), DTYPES[dtype], scope="shared")
+                self._shared[DTYPES[dtype]] = self.T.alloc_buffer((self.lanes,), DTYPES[dtype], scope="shared")
             yield self._unravel(block, extents)
 
     @contextmanager
     def _launch(self) -> Generator[Expr]:
         launch = self.T.launch_thread
-        with launch("blockIdx.x", self.grid) as block, launch("threadIdx.x", self.block) as self.lane:
+        with launch("blockIdx.x", self.grid) as block, launch("threadIdx.x", self.lanes) as self.lane:
             yield block
 
     def _unravel(self, item: Expr, extents: tuple[int, ...]) -> tuple[Expr, ...]:
@@ -244,7 +249,7 @@ class Builder:
     @contextmanager
     def share(self, count: int) -> Generator[Expr]:
         """0 .. count-1, every `lanes`-th for each lane of a group."""
-        lanes = self.machine.lanes
+        lanes = self.lanes
         with self.T.serial(-(-count // lanes)) as step:
             if lanes == 1:
                 yield step
@@ -262,7 +267,7 @@ class Builder:
 
         A lane finds again what it wrote to scratch, which needs no fence for global memory.
         """
-        lanes = self.machine.lanes
+        lanes = self.lanes
         if lanes == 1:
             with self.T.serial(count) as item:
                 yield item
@@ -293,7 +298,7 @@ class Builder:
         A tree, so the longest chain is log2(lanes). `combine` gets and returns a list with a number of each cell; the
         cells of one call differ in their dtype.
         """
-        lanes = self.machine.lanes
+        lanes = self.lanes
         if lanes == 1:
             return
         combine = combine or (lambda mine, other: [a + b for a, b in zip(mine, other, strict=True)])

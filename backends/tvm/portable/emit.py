@@ -78,7 +78,7 @@ def emit(signature: Signature, target: Any, symbol: str) -> Emitted:
         reason = " ".join(str(error).split())[-300:]
         raise DeviceError(f"TVM cannot generate {machine.kind} code for {signature.op}: {reason}") from error
     stated = numerics(signature, machine)
-    return Emitted(symbol, code, tuple(builder.parameters), builder.grid, builder.block, stated)
+    return Emitted(symbol, code, tuple(builder.parameters), builder.grid, builder.lanes, stated)
 
 
 def _generate(builder: Builder, target: Any) -> bytes:

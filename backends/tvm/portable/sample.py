@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from .builder import Builder, Cell, Expr
 
 
+# Lanes for a row of the vocabulary: as many as every target allows (WebGPU's maxComputeInvocationsPerWorkgroup).
+LANES = 256
+
+
 def _row_argmax(k: Builder, t: Expr) -> tuple[Cell, Cell]:
     """The largest number of a row and the lowest index that has it; -infinity and 0 where there is none."""
     x = k.tensors["x"]
@@ -32,6 +36,7 @@ def _row_argmax(k: Builder, t: Expr) -> tuple[Cell, Cell]:
 
 
 def argmax(k: Builder) -> None:
+    k.widen(LANES)
     with k.kernel() as tensors, k.groups(k.signature.tensors["x"].shape[0], reduces=("f32", "i32")) as (t,):
         _, where = _row_argmax(k, t)
         with k.first_lane():
@@ -95,6 +100,7 @@ def _threshold(k: Builder, t: Expr, enough: Expr, by_count: bool, least: Cell, a
 
 
 def sample(k: Builder) -> None:
+    k.widen(LANES)
     tokens, vocab = k.signature.tensors["x"].shape
     with k.kernel(p=("f32", (tokens, vocab))) as tensors, k.groups(tokens, reduces=("f32", "i32")) as (t,):
         x, params, rng, ids, p = (tensors[name] for name in ("x", "params", "rng", "ids", "p"))
@@ -132,7 +138,7 @@ def _walk(k: Builder, t: Expr, least: Expr, goal: Expr, best: Expr) -> Expr:
 
     Each lane walks a stretch of the vocabulary, from the mass of the stretches before.
     """
-    p, lanes = k.tensors["p"], k.machine.lanes
+    p, lanes = k.tensors["p"], k.lanes
     vocab = p.shape[1]
     found, last, reached = k.cell(vocab, "i32"), k.cell(0, "i32"), k.cell(0.0)
     if lanes > 1:
@@ -156,8 +162,8 @@ def _walk(k: Builder, t: Expr, least: Expr, goal: Expr, best: Expr) -> Expr:
 
 def numerics(signature: Signature, machine: Machine) -> Numerics:
     """The walk adds one after the other, stretch by stretch."""
-    vocab = signature.tensors["x"].shape[1]
-    return Numerics("f32", -(-vocab // machine.lanes) + machine.lanes, "f32", FUNCTION_ULP)
+    vocab, lanes = signature.tensors["x"].shape[1], 1 if machine.is_serial else LANES
+    return Numerics("f32", -(-vocab // lanes) + lanes, "f32", FUNCTION_ULP)
 
 
 KERNELS = {"argmax": (argmax, numerics), "sample": (sample, numerics)}

@@ -14,6 +14,7 @@ import shlex
 import tempfile
 from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from importlib.util import find_spec
 from typing import Any
 
@@ -32,6 +33,11 @@ def require_tvm() -> None:
     """Raises BackendUnavailable where TVM is not installed."""
     if find_spec("tvm") is None:
         raise BackendUnavailable("needs TVM, which is not installed: pip install 'polykern[tvm]'")
+
+
+def version() -> str:
+    """TVM's version, without importing it."""
+    return metadata.version("apache-tvm") if find_spec("tvm") else "not installed"
 
 
 def parse(text: str) -> Any:
