@@ -18,7 +18,7 @@ from ...kernels.quant import FORMATS, Array, Weight
 from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
 from ..checks import check_call, check_signature, check_transfer
 from ..replay import launch_list
-from .formats import TILE_ROWS, tiles_of
+from .formats import TILE_ROWS, pack, packed_bytes, tiles_of
 from .launch import Enqueue, Launches, OpKernel, ProgramSpec
 
 if TYPE_CHECKING:
@@ -26,6 +26,20 @@ if TYPE_CHECKING:
 
 # Kernels count in int, in steps of up to a tile.
 LONGEST_AXIS = 2**31 - 64
+
+
+# Columns that a work-group of `gemm` unpacks at a time, multiples of CHAIN: the most that fit its local memory. A GLU
+# has four panels (gemm.cl) of at most 64 bytes a column. Between slices sums wait in memory, so that few are best.
+DEPTHS = (768, 512, 256, 128, 64)
+BYTES_PER_COLUMN = 4 * 64
+
+
+def device_options(opened: OpenedDevice) -> list[str]:
+    """Compiler options that depend on the device: see lanes.h and gemm.cl."""
+    if opened.info.runtime == "oclgrind":  # counts the local memory of all kernels of a program together
+        return ["-DNO_SHUFFLES", f"-DDEPTH={DEPTHS[-1]}"]
+    local = opened.device.local_mem_size
+    return [f"-DDEPTH={next((depth for depth in DEPTHS if depth * BYTES_PER_COLUMN <= local), DEPTHS[-1])}"]
 
 
 def _kernels() -> dict[str, OpKernel]:
@@ -52,6 +66,7 @@ class OpenCLBackend:
         self._kept: list[Any] = []
         self.opened = opened
         info = opened.info
+        self._options = device_options(opened)
         self.device = DeviceInfo(
             info.label, info.vendor, info.driver, info.memory_bytes,
             {"opencl_c": info.opencl_c, "type": info.type, "threads": opened.threads},
@@ -82,7 +97,7 @@ class OpenCLBackend:
             if report:
                 report("compile", done, total)
 
-        built = self.opened.build_many({spec.label: spec.source() for spec in missing}, progress=progress)
+        built = self.opened.build_many({spec.label: self.source(spec) for spec in missing}, progress=progress)
         self._programs.update((spec, built[spec.label]) for spec in missing)
 
     def alloc(self, kind: TensorType) -> Any:
@@ -106,22 +121,12 @@ class OpenCLBackend:
 
     def pack(self, weight: Weight) -> Any:
         """Tiles of 32 rows, words of the rows' blocks transposed (formats.h); as many bytes as in the file."""
-        unit = np.dtype(np.uint32 if weight.format.name == "F32" else np.uint16)
-        rows, row_bytes = weight.data.shape
-        words = row_bytes // unit.itemsize
-        tiles = tiles_of(rows)
-        buffer = self._buffer(tiles * TILE_ROWS * row_bytes, f"{weight.format.name} {list(weight.shape)}")
-        whole = rows // TILE_ROWS
+        fmt, (rows, columns) = weight.format, weight.shape
+        buffer = self._buffer(packed_bytes(fmt, rows, columns), f"{fmt.name} [{rows}, {columns}]")
         with self._errors("packing a weight"):
-            flags = self._cl.map_flags.WRITE
-            packed, _ = self._cl.enqueue_map_buffer(
-                self.opened.queue, buffer, flags, 0, (tiles, words, TILE_ROWS), unit
-            )
-            source = weight.data.view(unit)
-            packed[:whole] = source[: whole * TILE_ROWS].reshape(whole, TILE_ROWS, words).transpose(0, 2, 1)
-            if whole < tiles:
-                packed[whole:] = 0
-                packed[whole, :, : rows - whole * TILE_ROWS] = source[whole * TILE_ROWS :].T
+            flags, shape = self._cl.map_flags.WRITE, (tiles_of(rows), TILE_ROWS * fmt.row_bytes(columns))
+            packed, _ = self._cl.enqueue_map_buffer(self.opened.queue, buffer, flags, 0, shape, np.dtype(np.uint8))
+            pack(weight, packed)
             packed.base.release(self.opened.queue)
         return buffer
 
@@ -181,7 +186,12 @@ class OpenCLBackend:
 
     def packed_bytes(self, fmt: str, shape: tuple[int, ...]) -> int:
         """Size of what `pack` returns for a weight."""
-        return tiles_of(shape[0]) * TILE_ROWS * FORMATS[fmt].row_bytes(shape[1])
+        return packed_bytes(FORMATS[fmt], *shape)
+
+    def source(self, spec: ProgramSpec) -> tuple[str, list[str]]:
+        """Whole source and options of a program, with what depends on the device."""
+        text, options = spec.source()
+        return text, [*options, *self._options]
 
     # What the op files use
 

@@ -1,52 +1,81 @@
 // gemm: y = x @ w.T on packed tiles of 32 rows (formats.h). gemv for a few rows of x, gemm for many.
 //
-// -DADD and -DBIASED are flags, -DDEPTH the slice of K of `gemm`; see gemm.py.
+// -DADD and -DBIASED are flags, -DDEPTH the columns that `gemm` unpacks at a time; see gemm.py.
 //
 // One work-item per work-group: a CPU runs a work-group on one thread, and explicit 16-wide vectors over the rows of a
-// tile beat what the compilers make of work-items (2-7 GB/s). Two halves of a tile share each broadcast of x: 12 -> 25
-// GB/s on a 2-core Zen 3 against 12 for one half.
+// tile beat what the compilers make of work-items (2-7 GB/s).
+
+ACTIVATION(float16)
+
+#ifdef IS_FLOAT
+#define GROUPS 0
+#else
+#define GROUPS (K / GROUP)
+#endif
 
 #ifdef FAST
-typedef short act_t;  // integers up to LEVELS; a broadcast of 16 bits needs no conversion
+typedef short act_t;  // integers up to LEVELS; of four, the middle two are swapped, so that pairs fit those of the weights
 #else
 typedef float act_t;
 #endif
 
-ACTIVATION(float16)
+// What a group's products are multiplied with, the sum of its x for the format's minimum, and what the integers of its
+// sum begin with: each quant is too large by OFFSET.
+typedef struct {
+  float scale, sum;
+  int start, unused;
+} group_t;
+
+#ifdef FAST
+inline void store_pairs(float16 v, __global act_t *to) {
+#ifdef NO_SHUFFLES
+  short s[16];
+  vstore16(convert_short16(v), 0, s);
+  for (int i = 0; i < 16; i++) to[i] = s[(i & ~3) | (i & 1) << 1 | (i >> 1 & 1)];
+#else
+  vstore16(convert_short16(v).s021346578a9bcedf, 0, to);
+#endif
+}
+#endif
 
 // One row of x as the dot products want it: normalised if asked, and as integers with a scale per block of 32 (FAST) or as
-// floats. groups: scale and sum of each block, the sum being what a format's minimum is multiplied with.
-//
-// Every work-group prepares a copy of its own: a few microseconds of work in all, where a launch of its own would cost
-// that in waiting alone.
+// floats.
 inline void prepare_row(const __global float *x, const __global float *weight, int K, float eps, float weight_offset,
-                        int normalise, __global act_t *act, __global float *groups) {
+                        int normalise, __global act_t *act, __global group_t *group) {
   const float factor = normalise ? inverse_rms(x, K, eps) : 1.0f;
   int k = 0;
-  for (; k + 32 <= K; k += 32, groups += 2) {
+  for (; k + 32 <= K; k += 32) {
     float16 a = vload16(0, x + k), b = vload16(0, x + k + 16);
     if (normalise) {
       a = a * factor * (vload16(0, weight + k) + weight_offset);
       b = b * factor * (vload16(0, weight + k + 16) + weight_offset);
     }
+    float scale = 1.0f;
 #ifdef FAST
     const float largest = max16(fmax(fabs(a), fabs(b)));
     // Numbers too small for an inverse count as zeros: the error bound allows 1e-30.
-    const float inverse = largest > 1e-35f ? LEVELS / largest : 0.0f;
-    const float16 ra = rint(a * inverse), rb = rint(b * inverse);
-    vstore16(convert_short16(ra), 0, act + k);
-    vstore16(convert_short16(rb), 0, act + k + 16);
-    // A NaN has no integer, and fmax passes over it; an infinity makes `inverse` 0. Both make this sum NaN, and it the
-    // scale, so that no finite number comes out.
-    const float sum = sum16(ra + rb);
-    const float scale = largest / LEVELS + 0.0f * sum;
-    groups[0] = scale;
-    groups[1] = scale * sum;
+    const float inverse = largest > 1e-30f ? LEVELS / largest : 0.0f;
+    a = rint(a * inverse);
+    b = rint(b * inverse);
+    store_pairs(a, act + k);
+    store_pairs(b, act + k + 16);
+    scale = largest / LEVELS;
 #else
     vstore16(a, 0, act + k);
     vstore16(b, 0, act + k + 16);
-    groups[0] = 1.0f;
-    groups[1] = sum16(a + b);
+#endif
+#ifndef IS_FLOAT
+    const float sums[2] = {sum16(a), sum16(b)};
+    const float sum = sums[0] + sums[1];
+    // A NaN has no integer, and fmax passes over it; an infinity makes `inverse` 0. Both make this sum NaN, and it the
+    // scale, so that no finite number comes out.
+    scale += 0.0f * sum;
+    for (int i = 0; i < 32 / GROUP; i++, group++) {
+      const float part = 32 / GROUP == 1 ? sum : sums[i];
+      group->scale = scale;
+      group->sum = scale * part;
+      group->start = isfinite(part) ? -OFFSET * (int)part : 0;
+    }
 #endif
   }
   for (; k < K; k++)  // float weights only: every quantised format has K in blocks of 32
@@ -54,26 +83,26 @@ inline void prepare_row(const __global float *x, const __global float *weight, i
 }
 
 // Dot products of a prepared row of x with the 32 rows of the tile at p.
-inline void tile_dot(const __global ushort *p, const __global act_t *x, const __global float *groups, int K,
+inline void tile_dot(const __global ushort *p, const __global act_t *x, const __global group_t *group, int K,
                      float16 *ra, float16 *rb) {
-  float16 a0 = 0.0f, b0 = 0.0f;
+  float16 a = 0.0f, b = 0.0f;
 #ifdef IS_FLOAT
   // Two sums per half: one FMA chain would wait for itself (latency 4, two a cycle).
   float16 a1 = 0.0f, b1 = 0.0f;
   int k = 0;
   for (; k + 1 < K; k += 2) {
     const float16 x0 = (float16)(x[k]), x1 = (float16)(x[k + 1]);
-    a0 = fma(FLOATS(k, 0), x0, a0);
-    b0 = fma(FLOATS(k, 1), x0, b0);
+    a = fma(FLOATS(k, 0), x0, a);
+    b = fma(FLOATS(k, 1), x0, b);
     a1 = fma(FLOATS(k + 1, 0), x1, a1);
     b1 = fma(FLOATS(k + 1, 1), x1, b1);
   }
   if (k < K) {
-    a0 = fma(FLOATS(k, 0), (float16)(x[k]), a0);
-    b0 = fma(FLOATS(k, 1), (float16)(x[k]), b0);
+    a = fma(FLOATS(k, 0), (float16)(x[k]), a);
+    b = fma(FLOATS(k, 1), (float16)(x[k]), b);
   }
-  a0 += a1;
-  b0 += b1;
+  a += a1;
+  b += b1;
 #else
   for (int block = 0; block < K / BLOCK; block++, p += WORDS * 32)
 #if BLOCK > GROUP
@@ -83,217 +112,279 @@ inline void tile_dot(const __global ushort *p, const __global act_t *x, const __
 #if BLOCK == GROUP
       const int g = 0;
 #endif
-      const int i = block * (BLOCK / 32) + g * GROUP / 32;
-      const float scale = groups[2 * i], sum = groups[2 * i + 1];
 #ifdef FAST
-      int16 ia = 0, ib = 0;
-      short16 sa = 0, sb = 0;
-#define DOT(k, qa, qb)                 \
-  {                                    \
-    const short16 xk = (short16)(x[k]); \
-    sa += (qa)*xk;                     \
-    sb += (qb)*xk;                     \
-  }
-#define WIDEN               \
-  ia += convert_int16(sa);  \
-  ib += convert_int16(sb);  \
-  sa = 0;                   \
-  sb = 0;
-      EACH(g, DOT, WIDEN)
-#undef DOT
-#undef WIDEN
-      a0 = fma(convert_float16(ia), SCALE(0, g) * scale, a0);
-      b0 = fma(convert_float16(ib), SCALE(1, g) * scale, b0);
+      const __global int *pairs = (const __global int *)x;
+      int16 sa = group->start, sb = group->start;
+#define DOT_A(i, q) sa = add_products(q, pairs[i], sa);
+#define DOT_B(i, q) sb = add_products(q, pairs[i], sb);
 #else
-      float16 fa = 0.0f, fb = 0.0f;
-#define DOT(k, qa, qb)                      \
-  {                                         \
-    const float16 xk = (float16)(x[k]);     \
-    fa = fma(convert_float16(qa), xk, fa);  \
-    fb = fma(convert_float16(qb), xk, fb);  \
-  }
-      EACH(g, DOT, )
-#undef DOT
-      a0 = fma(fa, SCALE(0, g), a0);
-      b0 = fma(fb, SCALE(1, g), b0);
+      float16 sa = 0.0f, sb = 0.0f;
+#define DOT(i, q, s)                                            \
+  s = fma(convert_float16(LOW(q)), (float16)(x[FIRST_OF(i)]), s); \
+  s = fma(convert_float16(UPPER(q)), (float16)(x[FIRST_OF(i) + 2]), s);
+#define DOT_A(i, q) DOT(i, q, sa)
+#define DOT_B(i, q) DOT(i, q, sb)
 #endif
+      EACH(g, 0, DOT_A)
+      EACH(g, 1, DOT_B)
+      a = fma(convert_float16(sa), SCALE(0, g) * group->scale, a);
+      b = fma(convert_float16(sb), SCALE(1, g) * group->scale, b);
 #if HAS_MIN
-      a0 = fma(MIN(0, g), (float16)(sum), a0);
-      b0 = fma(MIN(1, g), (float16)(sum), b0);
+      a = fma(MIN(0, g), (float16)(group->sum), a);
+      b = fma(MIN(1, g), (float16)(group->sum), b);
 #endif
       x += GROUP;
+      group++;
     }
 #endif
-  *ra = a0;
-  *rb = b0;
+  *ra = a;
+  *rb = b;
 }
 
-// Add bias and y where asked, store what lies inside N.
-inline void store_tile(float16 a, float16 b, __global float *y, const __global float *bias, int first, int N, int flags) {
-  if (first + 32 <= N) {
-    if (flags & BIASED) {
-      a += vload16(0, bias + first);
-      b += vload16(0, bias + first + 16);
-    }
-    if (flags & ADD) {
-      a += vload16(0, y + first);
-      b += vload16(0, y + first + 16);
-    }
-    vstore16(a, 0, y + first);
-    vstore16(b, 0, y + first + 16);
+// Add bias and y where asked, store those of y[first .. first + 15] that lie inside N.
+inline void store_half(float16 v, __global float *y, const __global float *bias, int first, int N, int flags) {
+  if (first + 16 <= N) {
+    if (flags & BIASED) v += vload16(0, bias + first);
+    if (flags & ADD) v += vload16(0, y + first);
+    vstore16(v, 0, y + first);
   } else {
-    float rows[32];
-    vstore16(a, 0, rows);
-    vstore16(b, 1, rows);
+    float rows[16];
+    vstore16(v, 0, rows);
     for (int r = 0; first + r < N; r++) {
-      float v = rows[r];
-      if (flags & BIASED) v += bias[first + r];
-      if (flags & ADD) v += y[first + r];
-      y[first + r] = v;
+      if (flags & BIASED) rows[r] += bias[first + r];
+      if (flags & ADD) rows[r] += y[first + r];
+      y[first + r] = rows[r];
     }
   }
 }
 
-// What both gemv kernels begin with: their row of x, ready, and their tiles. `room` holds, per work-group, K act_t and
-// the groups behind them.
-#define BEGIN_GEMV(N)                                                                                        \
-  const int tiles = (N + 31) / 32, first = get_group_id(0) * chunk, t = get_group_id(1);                     \
-  const size_t group_floats = K + 2 * (K / 32);                                                              \
-  __global float *own = room + (t * get_num_groups(0) + get_group_id(0)) * group_floats;                     \
-  __global act_t *act = (__global act_t *)own;                                                               \
-  __global float *groups = own + K;                                                                          \
-  prepare_row(x + x_offset + t * x_stride, weight + weight_start, K, eps, weight_offset, normalise, act, groups); \
-  y += y_offset + t * y_stride;
-
-#define GEMV_INPUT                                                                                           \
+#define X_INPUT                                                                                              \
   __global const float *x, long x_offset, long x_stride, __global const float *weight, long weight_start, float eps, \
       float weight_offset, int normalise, __global float *room
 
+// What both gemv kernels begin with: their row of x, ready, and their tiles. Every work-group prepares a copy of its own:
+// a microsecond of work in all, where a launch would cost several. `room` holds, per work-group, the groups and K act_t.
+#define BEGIN_GEMV                                                                                           \
+  const int tiles = (N + 31) / 32, first = get_group_id(0) * chunk, t = get_group_id(1);                     \
+  __global float *own = room + (t * get_num_groups(0) + get_group_id(0)) * (size_t)(K + 4 * GROUPS);         \
+  __global group_t *groups = (__global group_t *)own;                                                        \
+  __global act_t *act = (__global act_t *)(own + 4 * GROUPS);                                                \
+  prepare_row(x + x_offset + t * x_stride, weight + weight_start, K, eps, weight_offset, normalise, act, groups); \
+  y += y_offset + t * y_stride;
+
 // Global size (chunks of tiles, rows of x).
 __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemv(
-    __global const ushort *w, GEMV_INPUT, __global const float *bias, long bias_offset, __global float *y,
-    long y_offset, long y_stride, int N, int K, int chunk, int flags) {
-  BEGIN_GEMV(N)
+    __global const ushort *w, X_INPUT, __global const float *bias, long bias_offset, __global float *y, long y_offset,
+    long y_stride, int N, int K, int chunk, int flags) {
+  BEGIN_GEMV
   for (int tile = first; tile < min(tiles, first + chunk); tile++) {
     float16 a, b;
     tile_dot(TILE_AT(w, tile), act, groups, K, &a, &b);
-    store_tile(a, b, y, bias + bias_offset, tile * 32, N, flags);
+    store_half(a, y, bias + bias_offset, tile * 32, N, flags);
+    store_half(b, y, bias + bias_offset, tile * 32 + 16, N, flags);
   }
 }
 
 __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemv_glu(
-    __global const ushort *gate, __global const ushort *up, GEMV_INPUT, __global float *y, long y_offset,
-    long y_stride, int N, int K, int chunk, int kind) {
-  BEGIN_GEMV(N)
+    __global const ushort *gate, __global const ushort *up, X_INPUT, __global float *y, long y_offset, long y_stride,
+    int N, int K, int chunk, int kind) {
+  BEGIN_GEMV
   for (int tile = first; tile < min(tiles, first + chunk); tile++) {
     float16 ga, gb, ua, ub;
     tile_dot(TILE_AT(gate, tile), act, groups, K, &ga, &gb);
     tile_dot(TILE_AT(up, tile), act, groups, K, &ua, &ub);
-    store_tile(activation(ga, kind) * ua, activation(gb, kind) * ub, y, y, tile * 32, N, 0);
+    store_half(activation(ga, kind) * ua, y, y, tile * 32, N, 0);
+    store_half(activation(gb, kind) * ub, y, y, tile * 32 + 16, N, 0);
   }
 }
 
-// Many rows of x: a tile's weights are turned into floats once per DEPTH of K and used for every row. Sums wait in `sums`
-// [T, 32] between slices of K. 6 rows x 16 columns are 12 of the 16 vector registers of AVX2, with two for the weights and
-// one for x.
-#define ROWS 6
+// Many rows of x. `prepare` makes them ready, once; each work-group of `gemm` unpacks DEPTH columns of a tile's weights and
+// uses them for all its rows. ROWS rows by two vectors of columns are multiplied at a time: with FAST, their sums are 24 of
+// the 32 vector registers of AVX-512.
 
-inline void unpack_slice(const __global ushort *p, __local float *slice, int start, int stop) {
+// Global size (rows of x). `room` holds all groups, then all act_t.
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void prepare(X_INPUT, int T, int K) {
+  const int t = get_global_id(0);
+  __global group_t *groups = (__global group_t *)room;
+  __global act_t *act = (__global act_t *)(room + (size_t)T * 4 * GROUPS);
+  prepare_row(x + x_offset + t * x_stride, weight + weight_start, K, eps, weight_offset, normalise,
+              act + (size_t)t * K, groups + (size_t)t * GROUPS);
+}
+
+#define EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5)
+
+// DEPTH columns of 16 rows of a tile, unpacked.
+typedef struct {
+#ifdef FAST
+  int16 pairs[DEPTH / 2];
+  float16 factors[DEPTH / GROUP];
+#if HAS_MIN
+  float16 addends[DEPTH / GROUP];
+#endif
+#else
+  float16 columns[DEPTH];
+#endif
+} panel_t;
+
+// Columns start .. stop of both halves of the tile at p.
+inline void unpack(const __global ushort *p, __local panel_t *panel_a, __local panel_t *panel_b, int start, int stop) {
 #ifdef IS_FLOAT
   for (int k = start; k < stop; k++) {
-    vstore16(FLOATS(k, 0), 0, slice + (k - start) * 32);
-    vstore16(FLOATS(k, 1), 0, slice + (k - start) * 32 + 16);
+    panel_a->columns[k - start] = FLOATS(k, 0);
+    panel_b->columns[k - start] = FLOATS(k, 1);
   }
 #else
-  for (int k0 = start; k0 < stop; k0 += GROUP, slice += GROUP * 32) {
+  for (int k = start, i = 0; k < stop; k += GROUP, i++) {
     const __global ushort *base = p;
-    const int block = k0 / BLOCK;
+    const int block = k / BLOCK;
     p += (size_t)block * WORDS * 32;
-    const int g = (k0 - block * BLOCK) / GROUP;  // with %, compilers may write `freeze`, which Oclgrind does not know
-    const float16 da = SCALE(0, g), db = SCALE(1, g), ma = MIN(0, g), mb = MIN(1, g);
-#define KEEP(k, qa, qb)                                               \
-  vstore16(fma(convert_float16(qa), da, ma), 0, slice + (k)*32);      \
-  vstore16(fma(convert_float16(qb), db, mb), 0, slice + (k)*32 + 16);
-    EACH(g, KEEP, )
-#undef KEEP
+    const int g = (k - block * BLOCK) / GROUP;  // with %, compilers may write `freeze`, which Oclgrind does not know
+#ifdef FAST
+    __local int16 *a = panel_a->pairs + i * (GROUP / 2), *b = panel_b->pairs + i * (GROUP / 2);
+#define KEEP_A(j, q) a[j] = q;
+#define KEEP_B(j, q) b[j] = q;
+    EACH(g, 0, KEEP_A)
+    EACH(g, 1, KEEP_B)
+    panel_a->factors[i] = SCALE(0, g);
+    panel_b->factors[i] = SCALE(1, g);
+#if HAS_MIN
+    panel_a->addends[i] = MIN(0, g);
+    panel_b->addends[i] = MIN(1, g);
+#endif
+#else
+    __local float16 *a = panel_a->columns + i * GROUP, *b = panel_b->columns + i * GROUP;
+    const float16 factor_a = SCALE(0, g), factor_b = SCALE(1, g), addend_a = ADDEND_OF(0, g), addend_b = ADDEND_OF(1, g);
+#define KEEP(j, q, to, factor, addend)                                  \
+  to[FIRST_OF(j)] = fma(convert_float16(LOW(q)), factor, addend);       \
+  to[FIRST_OF(j) + 2] = fma(convert_float16(UPPER(q)), factor, addend);
+#define KEEP_A(j, q) KEEP(j, q, a, factor_a, addend_a)
+#define KEEP_B(j, q) KEEP(j, q, b, factor_b, addend_b)
+    EACH(g, 0, KEEP_A)
+    EACH(g, 1, KEEP_B)
+#endif
     p = base;
   }
 #endif
 }
 
-// sums[rows of x, 16 h .. 16 h + 15] += x[rows, start .. stop] @ slice
-inline void multiply_slice(const __global float *x, long x_stride, int T, const __local float *slice, int depth,
-                           __global float *sums, int begin) {
-  for (int t = 0; t < T; t += ROWS) {
-    // A row past the end repeats the last one and is not stored: one loop for every T.
-    const __global float *x0 = x + min(t, T - 1) * x_stride, *x1 = x + min(t + 1, T - 1) * x_stride;
-    const __global float *x2 = x + min(t + 2, T - 1) * x_stride, *x3 = x + min(t + 3, T - 1) * x_stride;
-    const __global float *x4 = x + min(t + 4, T - 1) * x_stride, *x5 = x + min(t + 5, T - 1) * x_stride;
-    for (int h = 0; h < 2; h++) {
-      const __local float *column = slice + 16 * h;
-      float16 s0 = 0.0f, s1 = 0.0f, s2 = 0.0f, s3 = 0.0f, s4 = 0.0f, s5 = 0.0f;
-      for (int k = 0; k < depth; k++) {
-        const float16 v = vload16(0, column + k * 32);
-        s0 = fma(v, (float16)(x0[k]), s0);
-        s1 = fma(v, (float16)(x1[k]), s1);
-        s2 = fma(v, (float16)(x2[k]), s2);
-        s3 = fma(v, (float16)(x3[k]), s3);
-        s4 = fma(v, (float16)(x4[k]), s4);
-        s5 = fma(v, (float16)(x5[k]), s5);
-      }
-      __global float *out = sums + (size_t)t * 32 + 16 * h;
-#define ACCUMULATE(i, s)                                 \
-  if (t + i < T) {                                       \
-    if (!begin) s += vload16(0, out + (i)*32);           \
-    vstore16(s, 0, out + (i)*32);                        \
+// What rows of x by one or two tiles need; the same for all of them.
+typedef struct {
+  const __global act_t *x;          // [T, K]
+  const __global group_t *groups;   // [T, GROUPS]
+  const __global float *bias;
+  __global float *y;                // [T, N]
+  long y_stride;
+  int T, N, K, end, flags, kind;
+} rows_t;
+
+// y[t .. t + ROWS - 1, first .. ] from ROWS rows of x and columns start .. stop of the panels, panel b being that of the next
+// 16 columns or, where there is a GLU (kind >= 0), the up to the gate of panel a. Sums wait in `waiting` until columns
+// that are not unpacked yet have been added. A row past the end repeats the last one and is not stored: one loop for every T.
+inline void multiply(const rows_t *in, const __local panel_t *panel_a, const __local panel_t *panel_b, int start, int stop,
+                     int t, int first, __global float *waiting) {
+  const int K = in->K;
+#define POINT(r)                                                       \
+  const size_t row##r = min(t + r, in->T - 1);                         \
+  const __global act_t *x##r = in->x + row##r * K + start;             \
+  const __global group_t *group##r = in->groups + row##r * GROUPS + start / GROUP; \
+  float16 a##r = 0.0f, b##r = 0.0f;
+  EACH_ROW(POINT)
+  if (start) {
+#define RESUME(r) a##r = vload16(2 * (t + r), waiting), b##r = vload16(2 * (t + r) + 1, waiting);
+    EACH_ROW(RESUME)
   }
-      ACCUMULATE(0, s0)
-      ACCUMULATE(1, s1)
-      ACCUMULATE(2, s2)
-      ACCUMULATE(3, s3)
-      ACCUMULATE(4, s4)
-      ACCUMULATE(5, s5)
-#undef ACCUMULATE
+#ifdef FAST
+  for (int g = 0; g < (stop - start) / GROUP; g++) {
+#define BEGIN(r) int16 ia##r = group##r[g].start, ib##r = ia##r;
+    EACH_ROW(BEGIN)
+    for (int i = g * (GROUP / 2); i < (g + 1) * (GROUP / 2); i++) {
+      const int16 wa = panel_a->pairs[i], wb = panel_b->pairs[i];
+#define PRODUCTS(r)                                        \
+  const int pair##r = ((const __global int *)x##r)[i];     \
+  ia##r = add_products(wa, pair##r, ia##r);                \
+  ib##r = add_products(wb, pair##r, ib##r);
+      EACH_ROW(PRODUCTS)
+    }
+    const float16 fa = panel_a->factors[g], fb = panel_b->factors[g];
+#define SCALE_SUMS(r)                                               \
+  a##r = fma(convert_float16(ia##r), fa * group##r[g].scale, a##r); \
+  b##r = fma(convert_float16(ib##r), fb * group##r[g].scale, b##r);
+    EACH_ROW(SCALE_SUMS)
+#if HAS_MIN
+    const float16 ma = panel_a->addends[g], mb = panel_b->addends[g];
+#define ADD_MIN(r)                                  \
+  a##r = fma(ma, (float16)(group##r[g].sum), a##r); \
+  b##r = fma(mb, (float16)(group##r[g].sum), b##r);
+    EACH_ROW(ADD_MIN)
+#endif
+  }
+#else
+  for (int begin = 0; begin < stop - start; begin += CHAIN) {
+#define BEGIN(r) float16 fa##r = 0.0f, fb##r = 0.0f;
+    EACH_ROW(BEGIN)
+    for (int k = begin; k < min(stop - start, begin + CHAIN); k++) {
+      const float16 wa = panel_a->columns[k], wb = panel_b->columns[k];
+#define PRODUCTS(r)                           \
+  fa##r = fma(wa, (float16)(x##r[k]), fa##r); \
+  fb##r = fma(wb, (float16)(x##r[k]), fb##r);
+      EACH_ROW(PRODUCTS)
+    }
+#define ADD_SUMS(r) a##r += fa##r, b##r += fb##r;
+    EACH_ROW(ADD_SUMS)
+  }
+#endif
+  if (stop < K) {
+#define WAIT(r) vstore16(a##r, 2 * (t + r), waiting), vstore16(b##r, 2 * (t + r) + 1, waiting);
+    EACH_ROW(WAIT)
+    return;
+  }
+  float16 done_a[ROWS], done_b[ROWS];
+#define FINISH(r) done_a[r] = a##r, done_b[r] = b##r;
+  EACH_ROW(FINISH)
+  for (int r = 0; r < ROWS && t + r < in->end; r++) {
+    __global float *y = in->y + (t + r) * in->y_stride;
+    if (in->kind >= 0) {
+      store_half(activation(done_a[r], in->kind) * done_b[r], y, in->bias, first, in->N, in->flags);
+    } else {
+      store_half(done_a[r], y, in->bias, first, in->N, in->flags);
+      store_half(done_b[r], y, in->bias, first + 16, in->N, in->flags);
     }
   }
 }
 
-inline void tile_product(const __global ushort *p, const __global float *x, long x_stride, int T, int K,
-                         __local float *slice, __global float *sums) {
+// `room` as `prepare` left it. Work-group (i, j) does tile i for `rows` rows of x, `rows` being a multiple of ROWS. `sums`
+// holds 32 floats per row of x, and ROWS more rows, per tile and half of a GLU.
+#define GEMM_INPUT                                                                                                      \
+  __global const float *room, __global const float *bias, long bias_offset, __global float *y, long y_offset,           \
+      long y_stride, __global float *sums, int T, int N, int K, int rows
+#define ROWS_OF_X(flags, kind)                                                                                          \
+  const int tile = get_group_id(0), begin = get_group_id(1) * rows;                                                     \
+  const rows_t in = {(const __global act_t *)(room + (size_t)T * 4 * GROUPS), (const __global group_t *)room,           \
+                     bias + bias_offset, y + y_offset, y_stride, T, N, K, min(T, begin + rows), flags, kind};
+
+// Global size (tiles, chunks of rows).
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm(__global const ushort *w, GEMM_INPUT, int flags) {
+  __local panel_t panels[2];
+  ROWS_OF_X(flags, -1)
+  sums += (size_t)tile * (T + ROWS) * 32;
   for (int start = 0; start < K; start += DEPTH) {
     const int stop = min(K, start + DEPTH);
-    unpack_slice(p, slice, start, stop);
-    multiply_slice(x + start, x_stride, T, slice, stop - start, sums, start == 0);
+    unpack(TILE_AT(w, tile), panels, panels + 1, start, stop);
+    for (int t = begin; t < in.end; t += ROWS) multiply(&in, panels, panels + 1, start, stop, t, tile * 32, sums);
   }
 }
 
-// Global size (tiles, chunks of x rows). `sums` holds 32 floats per row of x and tile.
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm(
-    __global const ushort *w, __global const float *x, long x_offset, long x_stride, __global const float *bias,
-    long bias_offset, __global float *y, long y_offset, long y_stride, __global float *sums, int T, int N, int K,
-    int flags) {
-  __local float slice[DEPTH * 32];
-  const int tile = get_group_id(0);
-  sums += (size_t)tile * T * 32;
-  tile_product(TILE_AT(w, tile), x + x_offset, x_stride, T, K, slice, sums);
-  for (int t = 0; t < T; t++)
-    store_tile(vload16(2 * (size_t)t, sums), vload16(2 * (size_t)t + 1, sums), y + y_offset + t * y_stride, bias + bias_offset,
-               tile * 32, N, flags);
-}
-
-__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm_glu(
-    __global const ushort *gate, __global const ushort *up, __global const float *x, long x_offset, long x_stride,
-    __global float *y, long y_offset, long y_stride, __global float *sums, int T, int N, int K, int kind) {
-  __local float slice[DEPTH * 32];
-  const int tile = get_group_id(0);
-  sums += (size_t)tile * T * 64;
-  x += x_offset;
-  tile_product(TILE_AT(gate, tile), x, x_stride, T, K, slice, sums);
-  tile_product(TILE_AT(up, tile), x, x_stride, T, K, slice, sums + (size_t)T * 32);
-  const __global float *up_sums = sums + (size_t)T * 32;
-  for (int t = 0; t < T; t++) {
-    const float16 a = activation(vload16(2 * (size_t)t, sums), kind) * vload16(2 * (size_t)t, up_sums);
-    const float16 b = activation(vload16(2 * (size_t)t + 1, sums), kind) * vload16(2 * (size_t)t + 1, up_sums);
-    store_tile(a, b, y + y_offset + t * y_stride, y, tile * 32, N, 0);
+__attribute__((reqd_work_group_size(1, 1, 1))) __kernel void gemm_glu(__global const ushort *gate,
+                                                                      __global const ushort *up, GEMM_INPUT, int kind) {
+  __local panel_t gates[2], ups[2];
+  ROWS_OF_X(0, kind)
+  sums += (size_t)tile * (T + ROWS) * 64;
+  for (int start = 0; start < K; start += DEPTH) {
+    const int stop = min(K, start + DEPTH);
+    unpack(TILE_AT(gate, tile), gates, gates + 1, start, stop);
+    unpack(TILE_AT(up, tile), ups, ups + 1, start, stop);
+    for (int h = 0; h < 2; h++)
+      for (int t = begin; t < in.end; t += ROWS)
+        multiply(&in, gates + h, ups + h, start, stop, t, tile * 32 + 16 * h, sums + (size_t)h * (T + ROWS) * 32);
   }
 }

@@ -1,7 +1,7 @@
 """gemm and the ops fused with it: norm before it, residual or GLU after it.
 
-Up to GEMV_ROWS rows of x go through `gemv` (weights read once per row, activations as small integers when `fast`), more
-through `gemm` (weights turned into floats once per 128 of K and used for all rows).
+Up to GEMV_ROWS rows of x go through `gemv` (weights read once per row), more through `prepare` and `gemm` (weights
+unpacked once per DEPTH of K and used for all rows). In `fast` both multiply 16-bit integers, pair by pair (pairs.h).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...kernels.glu import KINDS
 from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS, QuantFormat
 from ...kernels.spi import BoundCall, DeviceTensor
-from .formats import TILE_ROWS, activation_levels, tiles_of, weight_program
+from .formats import ACTIVATION_LEVELS, TILE_ROWS, tiles_of, weight_program
 from .launch import ERF_ULP, FUNCTION_ULP, Enqueue, OpKernel, ProgramSpec, place, start
 
 if TYPE_CHECKING:
@@ -24,9 +24,10 @@ if TYPE_CHECKING:
 
 GEMV_ROWS = 4
 # Work-groups per compute unit: enough that a core that is late (another process, a slow page) is evened out.
-GROUPS_PER_UNIT = 4
+GROUPS_PER_UNIT = 2
 ADD, BIASED = 1, 2  # flags of the kernels: add to y instead of writing it; there is a bias
-DEPTH = 128  # columns of a tile that `gemm` turns into floats at a time: 16 KiB, half of a Zen 3 L1
+ROWS = 6  # rows of x that `gemm` multiplies at a time
+CHAIN = 64  # columns that `gemm` adds up before it adds their sum to the others, with float activations
 GLU_KINDS = {kind: number for number, kind in enumerate(KINDS)}
 _KIND_NUMBERS = tuple(f"{kind.upper()}={number}" for kind, number in GLU_KINDS.items())
 POINTWISE = ProgramSpec(("activation.h", "pointwise.cl"), constants=_KIND_NUMBERS)
@@ -40,9 +41,7 @@ def _weight(signature: Signature) -> tuple[QuantFormat, int, int]:
 
 
 def _is_int8(signature: Signature) -> bool:
-    fmt = _weight(signature)[0]
-    rows = signature.tensors["x"].shape[0]
-    return signature.attrs["precision"] == "fast" and not fmt.is_float and rows <= GEMV_ROWS
+    return signature.attrs["precision"] == "fast" and not _weight(signature)[0].is_float
 
 
 def _halves(signature: Signature) -> list[Signature]:
@@ -57,9 +56,9 @@ def _halves(signature: Signature) -> list[Signature]:
 
 def gemm_program(signature: Signature) -> ProgramSpec:
     fmt = _weight(signature)[0]
-    fast = ("FAST",) if signature.attrs["precision"] == "fast" and not fmt.is_float else ()
-    program = weight_program(fmt, "gemm.cl", "lanes.h", "activation.h", defines=fast)
-    numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"DEPTH={DEPTH}", *_KIND_NUMBERS)
+    fast = ("FAST",) if _is_int8(signature) else ()
+    program = weight_program(fmt, "gemm.cl", "lanes.h", "pairs.h", "activation.h", defines=fast)
+    numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"ROWS={ROWS}", f"CHAIN={CHAIN}", *_KIND_NUMBERS)
     return replace(program, constants=(*program.constants, *numbers))
 
 
@@ -67,8 +66,7 @@ def programs(signature: Signature) -> list[ProgramSpec]:
     halves = _halves(signature)
     if halves:
         return [*(spec for half in halves for spec in programs(half)), POINTWISE]
-    is_normed = "weight" in signature.tensors and signature.tensors["x"].shape[0] > GEMV_ROWS
-    return [gemm_program(signature), *([RMS_NORM] if is_normed else [])]
+    return [gemm_program(signature)]
 
 
 def numerics(signature: Signature) -> Numerics:
@@ -76,34 +74,34 @@ def numerics(signature: Signature) -> Numerics:
     halves = [numerics(half) for half in _halves(signature)]
     if halves:
         activations = "int8" if any(half.activations == "int8" for half in halves) else "f32"
-        return Numerics(
-            "f32", max(half.depth for half in halves), activations, ulp, min(half.activation_levels for half in halves)
-        )
+        return Numerics("f32", max(half.depth for half in halves), activations, ulp, ACTIVATION_LEVELS)
     fmt, _, k = _weight(signature)
     norm = k // 16 + 20 if "weight" in signature.tensors else 0
     if _is_int8(signature):  # sums of a group are exact integers; two additions per group and the sum of a block
-        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, activation_levels(fmt))
+        return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, ACTIVATION_LEVELS)
     if signature.tensors["x"].shape[0] <= GEMV_ROWS:
         chain = k // 2 + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
         return Numerics("f32", max(norm, chain), "f32", ulp)
-    # One by one within a slice of DEPTH, then slice by slice.
-    return Numerics("f32", max(norm, min(k, DEPTH) + -(-k // DEPTH)), "f32", ulp)
+    return Numerics("f32", max(norm, min(k, CHAIN) + -(-k // CHAIN)), "f32", ulp)
 
 
 def bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     signature = call.signature
-    rows, k = call.tensors["x"].shape
     halves = _halves(signature)
     if halves:
         return _bind_halves(backend, call, halves)
-    return _bind_gemv(backend, call, signature) if rows <= GEMV_ROWS else _bind_gemm(backend, call, signature, rows, k)
+    is_few = call.tensors["x"].shape[0] <= GEMV_ROWS
+    return _bind_gemv(backend, call, signature) if is_few else _bind_gemm(backend, call, signature)
 
 
-def _norm(call: BoundCall) -> tuple[Any, ...]:
-    """Buffer and offset of the norm's weight (any buffer where there is no norm), eps, weight_offset."""
-    tensor = call.tensors.get("weight", call.tensors["x"])
+def _input(backend: OpenCLBackend, call: BoundCall, copies: int) -> tuple[Any, ...]:
+    """x, the norm's weight (any buffer where there is no norm), and room for `copies` of x as the kernels want it."""
+    fmt, _, k = _weight(call.signature)
+    groups = 0 if fmt.is_float else k // fmt.group_length
+    weight = call.tensors.get("weight", call.tensors["x"])
     eps, offset = call.attrs.get("eps", 0.0), call.attrs.get("weight_offset", 0.0)
-    return (*start(tensor), np.float32(eps), np.float32(offset))
+    numbers = (np.float32(eps), np.float32(offset), np.int32("weight" in call.tensors))
+    return (*place(call.tensors["x"]), *start(weight), *numbers, backend.scratch("room", copies * (k + 4 * groups) * 4))
 
 
 def _epilogue(call: BoundCall) -> tuple[tuple[Any, ...], np.int32]:
@@ -115,13 +113,10 @@ def _epilogue(call: BoundCall) -> tuple[tuple[Any, ...], np.int32]:
 
 def _bind_gemv(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
     _, n, k = _weight(signature)
-    x, y = call.tensors["x"], call.tensors["y"]
-    rows, tiles = x.shape[0], tiles_of(n)
+    y, rows, tiles = call.tensors["y"], call.tensors["x"].shape[0], tiles_of(n)
     chunk = -(-tiles // (GROUPS_PER_UNIT * backend.opened.threads))
     size = (-(-tiles // chunk), rows)
-    weight, weight_start, eps, offset = _norm(call)
-    room = backend.scratch("room", size[0] * rows * (k + 2 * (k // 32)) * 4)
-    source = (*place(x), weight, weight_start, eps, offset, np.int32("weight" in call.tensors), room)
+    source = _input(backend, call, size[0] * rows)
     dims = (np.int32(n), np.int32(k), np.int32(chunk))
     program = gemm_program(signature)
     if "w_gate" in call.tensors:
@@ -146,44 +141,24 @@ def _bind_halves(backend: OpenCLBackend, call: BoundCall, halves: list[Signature
     return [*launches, backend.enqueue(POINTWISE, "glu", y.shape[::-1], None, *args)]
 
 
-def _bind_gemm(backend: OpenCLBackend, call: BoundCall, signature: Signature, rows: int, k: int) -> list[Enqueue]:
-    n = _weight(signature)[1]
-    y, program, launches = call.tensors["y"], gemm_program(signature), list[Enqueue]()
-    x = place(call.tensors["x"])
-    if "weight" in call.tensors:
-        normed = backend.scratch("normed", rows * k * 4)
-        weight, weight_start, eps, offset = _norm(call)
-        launches.append(
-            backend.enqueue(
-                RMS_NORM,
-                "rms_norm",
-                (rows,),
-                (1,),
-                *x,
-                weight,
-                weight_start,
-                normed,
-                np.int64(0),
-                np.int64(k),
-                np.int32(k),
-                eps,
-                offset,
-            )
-        )
-        x = (normed, np.int64(0), np.int64(k))
-    tiles = tiles_of(n)
+def _bind_gemm(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
+    _, n, k = _weight(signature)
+    y, rows, tiles, program = call.tensors["y"], call.tensors["x"].shape[0], tiles_of(n), gemm_program(signature)
+    source = _input(backend, call, rows)
+    prepare = backend.enqueue(program, "prepare", (rows,), (1,), *source, np.int32(rows), np.int32(k))
+    # Tiles that do not go round share their rows among several work-groups, each of which unpacks the tile again.
+    chunks = min(-(-rows // ROWS), max(1, GROUPS_PER_UNIT * backend.opened.threads // tiles))
+    chunk = -(-rows // (chunks * ROWS)) * ROWS
+    size = (tiles, -(-rows // chunk))
     has_glu = "w_gate" in call.tensors
-    sums = backend.scratch("sums", tiles * TILE_ROWS * rows * 4 * (2 if has_glu else 1))
-    dims = (np.int32(rows), np.int32(n), np.int32(k))
+    sums = backend.scratch("sums", tiles * TILE_ROWS * (rows + ROWS) * 4 * (2 if has_glu else 1))
+    bias, flags = _epilogue(call)
+    args = (source[-1], *bias, *place(y), sums, *map(np.int32, (rows, n, k, chunk)))
     if has_glu:
         gate, up = call.tensors["w_gate"].buffer, call.tensors["w_up"].buffer
         kind = np.int32(GLU_KINDS[call.attrs["kind"]])
-        args = (gate, up, *x, *place(y), sums, *dims, kind)
-    else:
-        bias, flags = _epilogue(call)
-        args = (call.tensors["w"].buffer, *x, *bias, *place(y), sums, *dims, flags)
-    launches.append(backend.enqueue(program, "gemm_glu" if has_glu else "gemm", (tiles,), (1,), *args))
-    return launches
+        return [prepare, backend.enqueue(program, "gemm_glu", size, (1, 1), gate, up, *args, kind)]
+    return [prepare, backend.enqueue(program, "gemm", size, (1, 1), call.tensors["w"].buffer, *args, flags)]
 
 
 def _rms_norm_programs(signature: Signature) -> Sequence[ProgramSpec]:

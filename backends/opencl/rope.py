@@ -23,9 +23,9 @@ def _program(signature: Signature) -> ProgramSpec:
 def _bind_rope(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     x, table = call.tensors["x"], call.tensors["cos_sin"]
     tokens, heads, head_dim = x.shape
-    sizes = (np.int32(head_dim), *map(np.int32, table.shape))
+    sizes = map(np.int32, (heads, head_dim, *table.shape))
     args = (*place(x), *place(table), *start(call.tensors["positions"]), *sizes)
-    return [backend.enqueue(_program(call.signature), "rope", (tokens, heads), None, *args)]
+    return [backend.enqueue(_program(call.signature), "rope", (tokens,), (1,), *args)]
 
 
 def _cache(call: BoundCall) -> tuple[object, ...]:
@@ -45,17 +45,16 @@ def _cache_sizes(call: BoundCall) -> tuple[int, ...]:
 def _bind_kv_append(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     k, v = call.tensors["k"], call.tensors["v"]
     tokens, kv_heads, head_dim = k.shape
-    args = (*place(k), *place(v), *_cache(call), *map(np.int32, (*_cache_sizes(call), head_dim)))
-    return [backend.enqueue(_program(call.signature), "kv_append", (tokens, kv_heads), None, *args)]
+    args = (*place(k), *place(v), *_cache(call), *map(np.int32, (kv_heads, *_cache_sizes(call), head_dim)))
+    return [backend.enqueue(_program(call.signature), "kv_append", (tokens,), (1,), *args)]
 
 
 def _bind_both(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     q, k, v, table = (call.tensors[name] for name in ("q", "k", "v", "cos_sin"))
     tokens, heads, head_dim = q.shape
-    sizes = (heads, *_cache_sizes(call), head_dim, *table.shape)
+    sizes = (heads, k.shape[1], *_cache_sizes(call), head_dim, *table.shape)
     args = (*place(q), *place(k), *place(v), *place(table), *_cache(call), *map(np.int32, sizes))
-    size = (tokens, heads + k.shape[1])
-    return [backend.enqueue(_program(call.signature), "rope_kv_append", size, None, *args)]
+    return [backend.enqueue(_program(call.signature), "rope_kv_append", (tokens,), (1,), *args)]
 
 
 def _numerics(signature: Signature) -> Numerics:

@@ -8,11 +8,15 @@ inline void unpack_group(const __global ushort *p, int group, float *slice) {
 #else
   p += (size_t)(group * GROUP / BLOCK) * WORDS * 32;
   const int g = group * GROUP % BLOCK / GROUP;
-  const float16 da = SCALE(0, g), db = SCALE(1, g), ma = MIN(0, g), mb = MIN(1, g);
-#define KEEP(k, qa, qb)                                          \
-  vstore16(fma(convert_float16(qa), da, ma), 2 * (k), slice);    \
-  vstore16(fma(convert_float16(qb), db, mb), 2 * (k) + 1, slice);
-  EACH(g, KEEP, )
+  float16 factor = SCALE(0, g), addend = ADDEND_OF(0, g);
+#define KEEP(i, q, h)                                                                  \
+  vstore16(fma(convert_float16(LOW(q)), factor, addend), h, slice + FIRST_OF(i) * 32); \
+  vstore16(fma(convert_float16(UPPER(q)), factor, addend), h, slice + (FIRST_OF(i) + 2) * 32);
+#define KEEP_A(i, q) KEEP(i, q, 0)
+#define KEEP_B(i, q) KEEP(i, q, 1)
+  EACH(g, 0, KEEP_A)
+  factor = SCALE(1, g), addend = ADDEND_OF(1, g);
+  EACH(g, 1, KEEP_B)
 #endif
 }
 
