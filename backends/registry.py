@@ -75,13 +75,13 @@ def _installed() -> list[Entry]:
     found: dict[str, list[Entry]] = {}
     for distribution in metadata.distributions():
         try:
-            text = distribution.read_text("entry_points.txt") or ""
+            if GROUP not in (distribution.read_text("entry_points.txt") or ""):
+                continue
             owner = str(distribution.metadata["Name"])
         except Exception:  # noqa: BLE001 - unreadable metadata of a package that may have nothing to do with us
             continue
-        if GROUP in text:
-            # The first of a name on sys.path is the one that imports would find.
-            found.setdefault(re.sub(r"[-_.]+", "-", owner).lower(), _declared(distribution, owner))
+        # The first of a name on sys.path is the one that imports would find.
+        found.setdefault(re.sub(r"[-_.]+", "-", owner).lower(), _declared(distribution, owner))
     entries = [entry for declared in found.values() for entry in declared]
     return sorted(entries, key=lambda e: (e.distribution != OWN_DISTRIBUTION, e.name, e.distribution, e.value))
 

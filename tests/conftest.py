@@ -67,3 +67,14 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install
     yield install
     for module in [m for m in sys.modules if m.startswith(f"plugin_{tmp_path.name.replace('-', '_')}_")]:
         del sys.modules[module]
+
+
+@pytest.fixture
+def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of our own backends only the reference can be had."""
+    from polykern.backends import registry
+
+    plain = registry.list_backends
+    monkeypatch.setattr(
+        registry, "list_backends", lambda: [e for e in plain() if e.name == "reference" or e.distribution != "polykern"]
+    )

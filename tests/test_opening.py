@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from plugins import GOOD, Install
-from polykern.backends import registry
 from polykern.runtime.opening import open_chosen
 from tiny_llama import valid_llama_gguf
 
@@ -19,15 +18,6 @@ NO_DRIVER = "no driver: install one"
 
 def opens_not(reason: str) -> str:
     return f"    def refuse(self, options):\n        raise BackendUnavailable({reason!r})\n\n    Plugin.open = refuse\n"
-
-
-@pytest.fixture
-def nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of our own backends only the reference can be had."""
-    plain = registry.list_backends
-    monkeypatch.setattr(
-        registry, "list_backends", lambda: [e for e in plain() if e.name == "reference" or e.distribution != "polykern"]
-    )
 
 
 @pytest.mark.usefixtures("nothing_else")
