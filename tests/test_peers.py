@@ -72,12 +72,12 @@ def test_a_comparison(
 ) -> None:
     monkeypatch.setattr(run.Child.__init__, "__defaults__", (20,))
     out = tmp_path / "results" / "peers.json"
-    names = "reference,nonesuch,right,noisy:Q4_0,wrong,dying,late,hanging,lacking,leaving"
+    names = "reference,nonesuch,right@one,noisy:Q4_0,wrong,dying,late,hanging,lacking,leaving"
     assert compare(run, model, out, "--tests", "pp5,tg3,tg2@d7", "--sides", names) == 0
     document = json.loads(out.read_text())
     captured = capsys.readouterr()
 
-    assert [side["name"] for side in document["sides"]] == ["reference", "right", "noisy:Q4_0"]
+    assert [side["name"] for side in document["sides"]] == ["reference", "right@one", "noisy:Q4_0"]
     assert [side["peer"] for side in document["sides"]] == [False, True, True]
     for side in document["sides"]:
         assert side["regret"] < run.REGRET
@@ -161,6 +161,8 @@ def test_what_is_asked_for_wrongly(
         assert last.startswith(f"peers: error: {message}")
     assert not out.exists()
     assert run.pythons(["/a", "openvino=/b"]) == {"": "/a", "openvino": "/b"}
+    with pytest.raises(run.SideFailed, match=r"^/no/python: No such file or directory$"):
+        run.start("llama.cpp@b:Q4_0", model, 1, 64, {"": sys.executable, "llama.cpp@b": "/no/python"})
     with pytest.raises(UsageError):
         run.Test.parse("tg")
 

@@ -5,8 +5,9 @@
     python bench/peers/run.py --tests pp512,tg128,tg32@d4096 --python /path/to/peers/bin/python
 
 A side is a backend of ours (tvm, opencl), or llama.cpp, openvino, torch-bf16, torch-f32; `:FORMAT` behind it gives it
-the file requantised (llama.cpp:Q4_0, its fastest). A test is ppN, a prompt of N random ids into an empty cache; tgN, N
-decode steps from an empty cache; or tgN@dM, the same behind M ids.
+the file requantised (llama.cpp:Q4_0, its fastest), and `@LABEL` before that tells builds of one peer apart (--sides
+llama.cpp,llama.cpp@gcc --python llama.cpp@gcc=/other/bin/python). A test is ppN, a prompt of N random ids into an empty
+cache; tgN, N decode steps from an empty cache; or tgN@dM, the same behind M ids.
 
 Before anything is timed, each side continues three texts, and our `exact` kernels say for the same file how much less
 likely its tokens are than the likeliest. Then rounds go through tests and sides, in an order that turns from round to
@@ -116,7 +117,7 @@ class Side:
 
     @property
     def peer(self) -> bool:
-        return self.name.partition(":")[0] in PEERS
+        return kind_of(self.name) in PEERS
 
 
 def model_file(model: str) -> Path:
@@ -147,11 +148,12 @@ def pythons(given: Sequence[str]) -> dict[str, str]:
 
 def start(name: str, path: Path, threads: int, ctx: int, interpreters: Mapping[str, str]) -> Child:
     """Load `path` on the side called `name`. Raises SideFailed with what to do about it."""
-    kind = name.partition(":")[0]
+    kind, build = kind_of(name), name.partition(":")[0]
     options = {"model": str(path), "threads": threads, "ctx": ctx}
     if kind not in PEERS:
         return Child("ours", {**options, "backend": kind}, sys.executable)
-    peer, python = PEERS[kind], interpreters.get(kind, interpreters.get("", sys.executable))
+    peer = PEERS[kind]
+    python = next((interpreters[key] for key in (build, kind, "") if key in interpreters), sys.executable)
     try:
         return Child(peer.module, {**options, **peer.options}, python)
     except SideFailed as error:
@@ -204,6 +206,11 @@ def sides(
 
 def suffix(name: str) -> str:
     return name.partition(":")[2]
+
+
+def kind_of(name: str) -> str:
+    """KIND[@LABEL][:FORMAT] -> KIND."""
+    return re.split("[@:]", name, maxsplit=1)[0]
 
 
 def measure(
