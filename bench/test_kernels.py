@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from kernelbench.results import Row
-from kernelbench.stand import Refused
+from kernelbench.stand import FEWEST_ROUNDS, Refused
 from polykern.kernels.errors import PolykernError
 
 if TYPE_CHECKING:
@@ -24,13 +24,16 @@ def test_kernel(bench: Bench, case: BenchCase, benchmark: Any, request: pytest.F
         measured = bench.meter.measure()
         one_round, calls, rounds = placed.rounds(request.config.getoption("--budget"))
         benchmark.group = f"{row.device} {case.model}"
-        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=1)
+        benchmark.pedantic(one_round, rounds=rounds, warmup_rounds=int(rounds > FEWEST_ROUNDS))
     except Refused as refusal:
         row.status, row.reason = "unsupported", str(refusal)
         pytest.skip(row.reason)
     except PolykernError as error:
         row.reason = str(error)
         pytest.fail(row.reason, pytrace=False)
+    except Exception as error:
+        row.reason = f"{type(error).__name__}: {error}"
+        raise
     if benchmark.stats is None:  # --benchmark-disable
         row.status, row.reason = "unsupported", "checked, but timing is switched off"
         return

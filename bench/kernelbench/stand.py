@@ -30,7 +30,7 @@ SPARE_BYTES = 3 << 30  # of the host's memory left free; a backend that unpacks 
 CHECKED_WORK = 3e8  # of the float64 reference: flops, and 64 for each byte, most of it dequantisation
 
 ROUND_S = 0.02  # a round shorter than this is repeated launches: the clock and one synchronisation vanish in it
-LEAST_ROUNDS, MOST_ROUNDS = 5, 50
+FEWEST_ROUNDS, LEAST_ROUNDS, MOST_ROUNDS = 3, 5, 50  # the fewest where a call takes longer than the budget
 MOST_LAUNCHES = 20_000
 
 
@@ -245,32 +245,36 @@ class Placed:
         A round launches each copy in turn, several times over if that takes less than ROUND_S, and waits once at its
         end; where a few launches take that long, the next round goes on with the next copies.
         """
-        some = self.launches[: max(1, min(16, len(self.launches)))]
-        probe = self.backend.capture(some)
-        took = min(self._clock(probe) for _ in range(2)) / len(some)
-        calls = max(1, min(MOST_LAUNCHES, round(ROUND_S / max(took, 1e-9))))
-        groups: list[list[Launch]]
-        if calls >= len(self.launches):
-            repeats = max(1, calls // len(self.launches))
-            groups = [list(self.launches) * repeats]
+        took = self._estimate()
+        copies, calls = len(self.launches), max(1, min(MOST_LAUNCHES, round(ROUND_S / max(took, 1e-9))))
+        if calls >= copies:
+            groups = [list(self.launches) * (calls // copies)]
         else:
-            groups = [list(self.launches[i : i + calls]) for i in range(0, len(self.launches) - calls + 1, calls)]
-        captured = itertools.cycle([self.backend.capture(group) for group in groups])
+            groups = [list(self.launches[i : i + calls]) for i in range(0, copies - calls + 1, calls)]
         calls, synchronize = len(groups[0]), self.backend.synchronize
+        wanted = int(budget_s / max(calls * took, 1e-9))
+        least = LEAST_ROUNDS if calls * took * LEAST_ROUNDS < 4 * budget_s else FEWEST_ROUNDS
+        rounds = max(least, min(MOST_ROUNDS, wanted))
+        captured = itertools.cycle([self.backend.capture(group) for group in groups[: rounds + 1]])
 
         def one() -> None:
             next(captured)()
             synchronize()
 
-        wanted = int(budget_s / max(calls * took, 1e-9))
-        least = LEAST_ROUNDS if calls * took * LEAST_ROUNDS < 4 * budget_s else 3
-        return one, calls, max(least, min(MOST_ROUNDS, wanted))
+        return one, calls, rounds
 
-    def _clock(self, launch: Launch) -> float:
-        started = time.perf_counter()
-        launch()
-        self.backend.synchronize()
-        return time.perf_counter() - started
+    def _estimate(self) -> float:
+        """About how long a launch takes: of few if they are long, since each may take a second."""
+        count, took = 1, 0.0
+        while True:
+            probe = self.backend.capture(list(self.launches[:count]))
+            started = time.perf_counter()
+            probe()
+            self.backend.synchronize()
+            took = time.perf_counter() - started
+            if took > ROUND_S / 4 or count >= min(64, len(self.launches)):
+                return took / count
+            count = min(4 * count, 64, len(self.launches))
 
 
 def spread(length: int, count: int) -> Array:
