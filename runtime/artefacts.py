@@ -4,7 +4,7 @@
                     launch dimensions and numerics; the same bytes for the same input
     SYMBOL.ext      one file for each kernel: source, or a relocatable object
 
-The folder appears whole or not at all: it is written beside its place and renamed.
+A folder that has a manifest is complete.
 """
 
 from __future__ import annotations
@@ -210,7 +210,11 @@ def _layout(name: str) -> dict[str, Any]:
 
 
 class Folder:
-    """Where artefacts go. As a context manager: `write` fills a folder beside `path`, which then takes its place."""
+    """Where artefacts go. As a context manager: everything is written to a draft, then `write` puts it in its place.
+
+    A new folder appears whole. In one that is there the manifest goes first and comes last, so that a folder with a
+    manifest is always complete.
+    """
 
     def __init__(self, path: Path, force: bool = False) -> None:
         self.path, self.force = path, force
@@ -221,7 +225,8 @@ class Folder:
         self._check()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._draft = Path(tempfile.mkdtemp(prefix=f".{self.path.name}-", dir=self.path.parent))
+            base = self.path if self.path.is_dir() else self.path.parent
+            self._draft = Path(tempfile.mkdtemp(prefix=".draft-", dir=base))
         except OSError as error:
             raise PolykernError(f"{self.path}: cannot be made: {error.strerror}") from error
         return self
@@ -231,10 +236,10 @@ class Folder:
             shutil.rmtree(self._draft, ignore_errors=True)
 
     def _check(self) -> None:
-        if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
+        if os.path.lexists(self.path) and not self.path.is_dir():
             raise PolykernError(f"{self.path} is there and is no folder: name another with -o")
         try:
-            there = sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
+            there = sorted(p.name for p in self.path.iterdir() if p != self._draft) if self.path.is_dir() else []
         except OSError as error:
             raise PolykernError(f"{self.path}: cannot be read: {error.strerror}") from error
         if there and not self.force:
@@ -260,18 +265,29 @@ class Folder:
     def write(self, artefacts: Artefacts) -> None:
         assert self._draft is not None, "used outside its `with`"
         text = json.dumps(artefacts.manifest, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        files = {**artefacts.files, MANIFEST: text.encode()}
         try:
-            for name, content in [*artefacts.files.items(), (MANIFEST, text.encode())]:
+            for name, content in files.items():
                 (self._draft / name).write_bytes(content)
-            self._draft.chmod(0o777 & ~_umask())
-            if self.force and self.path.is_dir():
-                self._check()  # once more: compiling takes a while
-                shutil.rmtree(self.path)
-            os.rename(self._draft, self.path)  # takes the place of an empty folder as well
+            if self._draft.parent == self.path:
+                self._replace(files)
+            else:
+                self._draft.chmod(0o777 & ~_umask())
+                os.rename(self._draft, self.path)
         except OSError as error:
-            need = (artefacts.nbytes + len(text)) / (1 << 20)
+            need = sum(map(len, files.values())) / (1 << 20)
             raise PolykernError(f"{self.path}: cannot be written ({need:.1f} MiB): {error.strerror}") from error
-        self._draft = None
+
+    def _replace(self, files: Mapping[str, bytes]) -> None:
+        """Move the draft's files into the folder, the manifest last, instead of those of an earlier compile."""
+        assert self._draft is not None
+        self._check()  # once more: compiling takes a while
+        old = self._own()
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        for name in sorted(old - {MANIFEST}):
+            (self.path / name).unlink(missing_ok=True)
+        for name in files:  # the manifest is the last
+            os.replace(self._draft / name, self.path / name)
 
 
 def _umask() -> int:

@@ -297,6 +297,34 @@ def test_a_folder_in_use_stays(model: Path, tmp_path: Path, capsys: pytest.Captu
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a"]  # no draft is left
 
 
+def test_the_current_folder_and_a_link_will_do(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder that is there is filled, not replaced: it may be somebody's working directory, a mount, a link."""
+    (tmp_path / "a").mkdir(mode=0o750)
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path / "a")
+    common = ["compile", "--target", "c", "-m", str(model), "--op"]
+    assert main([*common, "argmax", "-o", "."]) == 0
+    assert main([*common, "advance", "-o", str(tmp_path / "link"), "--force"]) == 0
+    names_there = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert [name.split("_")[0] for name in names_there] == ["advance", "manifest.json"]
+    assert (tmp_path / "a").stat().st_mode & 0o777 == 0o750
+
+
+def test_nothing_is_left_of_what_fails(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever ends a compile, the earlier one stays as it was."""
+    common = ["compile", "--target", "c", "-m", str(model), "--op", "argmax", "-o", str(tmp_path / "a")]
+    assert main(common) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()}
+    for error in (KeyboardInterrupt(), MemoryError(), OSError(errno.ENOSPC, "No space left on device")):
+
+        def fail(*_: Any, error: BaseException = error) -> None:
+            raise error
+
+        monkeypatch.setattr(emit, "emit", fail)
+        assert main([*common, "--force"]) != 0
+        assert {path.name: path.read_bytes() for path in (tmp_path / "a").iterdir()} == before
+
+
 def _vocab(folder: Path) -> str:
     (kernel,) = json.loads((folder / "manifest.json").read_text())["kernels"]
     return kernel["symbol"].removeprefix("argmax_1x")

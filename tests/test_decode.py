@@ -388,5 +388,5 @@ def test_golden(backend: str, device: str | None, precision: Any, default_model:
     with load(Settings(default_model, backend=backend, device=device, ctx=1024, precision=precision)) as session:
         check_greedy(session, golden)
         check_nll(session, golden)
-        if backend != "reference":  # where a step takes long, and is the same computation
+        if backend not in ("reference", "opencl-tvm"):  # where a step takes long, and is the same computation
             check_nll(session, golden, by_step=True)
