@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import ModelConfig
-from .machine import cpu, drivers, packages
+from .machine import cpu, drivers, load, packages
 from .models import cache_dir
 from .output import NOTE
 from .settings import Settings
@@ -33,6 +33,10 @@ TYPICAL = (256, 256)
 
 # Speeds closer than this are equal, and the provider's order decides: a choice that flips with the noise helps nobody.
 TIE = 0.03
+
+# Load per processor from which on a measurement is provisional: one side may have met more of the others' work. Of two
+# drivers that ran alike on a quiet machine, one seemed 3.5 times as fast as the other at a load of 4.
+BUSY = 1.5
 
 KEPT_FILES = 64  # choices that are remembered; the oldest go first
 LOCK_WAIT_S = 120  # another start may be measuring; two at once would measure each other
@@ -65,6 +69,11 @@ class Choice:
     speeds: tuple[Speed, ...]
     layers: str  # "30 of 30": how many of the model's layers were measured
     date: str
+    busy: bool = False  # measured while others were at work: once they are not, it is measured again
+
+    @property
+    def holds(self) -> bool:
+        return not self.busy or is_busy()
 
     @property
     def taken(self) -> Speed:
@@ -107,6 +116,10 @@ class Question:
     def path(self) -> Path:
         digest = hashlib.sha256(json.dumps(self.fields, sort_keys=True).encode()).hexdigest()
         return folder() / f"{digest[:32]}.json"
+
+
+def is_busy() -> bool:
+    return load() > BUSY
 
 
 def ask(settings: Settings, config: ModelConfig, ctx: int, candidates: Sequence[tuple[str, str]]) -> Question:
@@ -155,9 +168,10 @@ def choose(
     """
     with ExitStack() as stack:
         _lock(stack)
-        if (known := recall(question)) and known != stale:
+        if (known := recall(question)) and known != stale and known.holds:
             return known
         speeds: list[Speed] = []
+        busy = is_busy()
         layers = ""
         for name in names:
             speed, measured_layers = measure(name)
@@ -169,9 +183,10 @@ def choose(
             return Choice("", tuple(speeds), layers, now)
         least = min(speed.seconds for speed in able)
         chosen = next(speed.backend for speed in able if speed.seconds <= least * (1 + TIE))
-        choice = Choice(chosen, tuple(speeds), layers, now)
+        choice = Choice(chosen, tuple(speeds), layers, now, busy)
         problem = _remember(question, choice)
-        kept = f"not remembered: {problem}" if problem else f"remembered in {question.path}"
+        until = " until the machine is less busy" if busy else ""
+        kept = f"not remembered: {problem}" if problem else f"remembered in {question.path}{until}"
         logger.log(NOTE, "auto chose %s, %s", choice, kept)
         return choice
 
@@ -197,12 +212,14 @@ def recall(question: Question) -> Choice | None:
 def _choice(document: dict[str, Any]) -> Choice:
     """ValueError, TypeError or KeyError for anything that `_remember` would not have written."""
     speeds = tuple(Speed(**row) for row in document["speeds"])
-    choice = Choice(document["chosen"], speeds, document["layers"], document["date"])
+    choice = Choice(document["chosen"], speeds, document["layers"], document["date"], document["busy"])
     for speed in speeds:
         for field in fields(Speed):
             expected = float if field.name.endswith("tps") else str
             if type(getattr(speed, field.name)) is not expected:
                 raise ValueError(f"{field.name} is no {expected.__name__}")
+    if type(choice.busy) is not bool:
+        raise ValueError("busy is no bool")
     if not any(s.backend == choice.backend and not s.problem and s.decode_tps > 0 < s.prompt_tps for s in speeds):
         raise ValueError("the chosen backend was not measured")
     str(choice)  # fails where `layers` is not what it should be
@@ -217,6 +234,7 @@ def _remember(question: Question, choice: Choice) -> str:
         "speeds": [asdict(speed) for speed in choice.speeds],
         "layers": choice.layers,
         "date": choice.date,
+        "busy": choice.busy,
     }
     draft = ""
     try:

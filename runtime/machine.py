@@ -94,5 +94,13 @@ def drivers() -> dict[str, str]:
     return found
 
 
+def load() -> float:
+    """Processes that wanted to run in the last minute, per processor; 0 where the system does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except (OSError, AttributeError):
+        return 0.0
+
+
 def memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -41,7 +41,7 @@ def open_for_model(
     if len(able) > 1:
         question = ask(settings, config, ctx, [(c.name, c.version) for c in able])
         stale = recall(question)
-        if stale and (backend := _as_remembered(stale, settings, progress)):
+        if stale and stale.holds and (backend := _as_remembered(stale, settings, progress)):
             return backend, stale
         environment = dict(os.environ)  # before backends set variables of their drivers
         names = [c.name for c in able if not probe(c.entry).reason]

@@ -65,6 +65,7 @@ def world(
     install("acme-steady", "steady", GOOD.format(order=-2), site="a")
     install("acme-swift", "swift", GOOD.format(order=-1), site="b")
     monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(choice, "load", lambda: 0.0)
     caplog.set_level(NOTE, "polykern")
     return World(model)
 
@@ -307,6 +308,23 @@ def test_two_starts_measure_once(world: World) -> None:
     assert recall(question) is not None
 
 
+def test_on_a_busy_machine_it_is_provisional(
+    world: World, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(choice, "load", lambda: choice.BUSY + 0.1)
+    world.open()
+    assert caplog.messages[0].endswith(f"remembered in {remembered(tmp_path)} until the machine is less busy")
+    world.open()
+    assert len(world.asked) == 2
+    monkeypatch.setattr(choice, "load", lambda: choice.BUSY)
+    world.speeds["steady"] = (900, 900)
+    assert world.open() == "steady"
+    assert len(world.asked) == 4
+    assert caplog.messages[1].endswith(f"remembered in {remembered(tmp_path)}")
+    world.open()
+    assert len(world.asked) == 4
+
+
 def test_old_choices_make_room(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "KEPT_FILES", 2)
     for ctx in (1, 2, 4, 8):
@@ -344,8 +362,9 @@ TIMED = (
     GOOD
     + """
     import types
-    from polykern.runtime import session
+    from polykern.runtime import choice, session
 
+    choice.load = lambda: 0.0
     now = vars(session).setdefault('now', [0.0])  # one clock for all
     session.time = types.SimpleNamespace(perf_counter=lambda: now[0])
 
@@ -462,6 +481,7 @@ def test_speed_is_that_of_the_whole_model(install: Install, tmp_path: Path, monk
     from polykern.runtime import session
 
     monkeypatch.setattr(session, "time", session.time)
+    monkeypatch.setattr(choice, "load", choice.load)
     speed, layers = measure.speed_of(Settings(path, backend="npu"))
     whole = ModelConfig.from_gguf(GGUFFile.open(path))
     share = measure.streamed(small(whole)) / measure.streamed(whole)
