@@ -62,6 +62,16 @@ def test_integers_of_tiny_and_huge_activations(backend: Backend, name: str, size
     np.testing.assert_allclose(near, expected, rtol=0.02, atol=0.02 * np.abs(expected).max() + 1e-30)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_weights_unpacked_in_slices(backend: Backend, name: str, precision: str) -> None:
+    """More columns than fit a work-group's local memory: sums wait between slices."""
+    x = np.random.default_rng(6).standard_normal((13, 2304), dtype=np.float32)
+    weight = random_weight(np.random.default_rng(5), name, 35, x.shape[1], "normal")
+    expected = x @ weight.dense().T
+    np.testing.assert_allclose(gemm(backend, x, name, precision), expected, atol=2e-4 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("change", [{"offset": 1}, {"offset": -1}, {"row_stride": 65}, {"row_stride": 63}])
 def test_a_view_that_leaves_its_buffer_is_refused(backend: Backend, change: dict[str, int]) -> None:
     x, y = (on(backend, np.ones((3, 64), np.float32)) for _ in "xy")

@@ -83,7 +83,7 @@ FAULTS = [
     Fault("row_of_next_tile", "dequantize", "Q4_0", "rows.cl", "(tile * 32 + r) * y_stride", "(tile * 16 + r) * y_stride"),
     Fault("group_of_first_block", "dequantize", "Q4_K", "rows.cl", "(size_t)(group * GROUP / BLOCK)", "(size_t)(0)"),
     Fault("row_in_tile", "embedding", "Q4_0", "rows.cl", "id % 32", "id % 16"),
-    Fault("next_key_seen", "attention", "decode-1", ATTENTION, "min(position + 1, begin +", "min(position + 2, begin +"),
+    Fault("next_key_seen", "attention", "decode-1", ATTENTION, "end = min(position + 1, begin +", "end = min(position + 2, begin +"),
     Fault("last_block_of_one_key_dropped", "attention", "decode-1", ATTENTION, "start < end; start += 16", "start + 1 < end; start += 16"),
     Fault("sums_not_rescaled", "attention", "decode-long", ATTENTION, "sums[r * CHUNKS + c] *= shrink", "sums[r * CHUNKS + c] *= 1.0f"),
     Fault("total_not_rescaled", "attention", "decode-long", ATTENTION, "total[r] = fma(total[r], shrink, ", "total[r] = fma(total[r], 1.0f, "),

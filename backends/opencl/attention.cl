@@ -58,8 +58,8 @@ inline float16 seen_score(float16 s, int key, int16 last, float scale, float sof
 // Few tokens: work-group (t, g, p) is token t with the R query heads of KV head g, so that keys and values are read once for
 // all of them, and part p of the keys. Keys lie as they do in the cache, the lanes being head_dim.
 //
-// With several parts, `parts` [T, G, P, R, 2 + D] gets of each the largest score, the total weight and the weighted sum of
-// the values; attention_merge makes y of them.
+// Where there is more than one part, `parts` [T, G, P, R, 2 + D] gets of each the largest score, the total weight and the
+// weighted sum of the values; attention_merge makes y of them.
 __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(ATTENTION_INPUT, int part_keys,
                                                                             __global float *parts) {
   const int t = get_group_id(0), g = get_group_id(1), part = get_group_id(2), part_count = get_num_groups(2);
@@ -73,9 +73,10 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(ATTE
   q += q_offset + t * q_stride + g * R * D;
   k_pages += k_offset;
   v_pages += v_offset;
-  const int first = first_key(position, window);
-  const int begin = first + part * part_length(position + 1 - first, part_count, part_keys);
-  const int end = min(position + 1, begin + part_length(position + 1 - first, part_count, part_keys));
+  const int first = first_key(position, window), length = part_length(position + 1 - first, part_count, part_keys);
+  const int begin = first + part * length, end = min(position + 1, begin + length);
+  const int is_whole = first + length > position;
+  if (is_whole && part) return;
   float largest[R], total[R];
   for (int r = 0; r < R; r++) largest[r] = NOTHING_SEEN, total[r] = 0.0f;
 #if CHUNKS
@@ -160,9 +161,9 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_rows(ATTE
   }
   const size_t heads = (((size_t)t * G + g) * part_count + part) * R;
   for (int r = 0; r < R; r++) {
-    __global float *out = part_count > 1 ? parts + (heads + r) * (2 + D) + 2 : y + r * D;
-    const float divisor = part_count > 1 ? 1.0f : total[r];
-    if (part_count > 1) out[-2] = largest[r], out[-1] = total[r];
+    __global float *out = is_whole ? y + r * D : parts + (heads + r) * (2 + D) + 2;
+    const float divisor = is_whole ? total[r] : 1.0f;
+    if (!is_whole) out[-2] = largest[r], out[-1] = total[r];
 #if CHUNKS
     for (int c = 0; c < CHUNKS; c++) vstore16(sums[r * CHUNKS + c] / divisor, c, out);
 #endif
@@ -178,10 +179,12 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void attention_merge(
     __global float *y, long y_offset, long y_stride, __global const int *seq_ids, long seq_offset,
     __global const int *positions, long position_offset, __global const int *block_table, long table_offset,
     long table_stride, int G, int S, int sequences, int max_pages, int P, int window, int part_count,
-    __global const float *parts) {
+    int part_keys, __global const float *parts) {
   const int t = get_group_id(0), seq = seq_ids[seq_offset + t], position = positions[position_offset + t];
   const __global int *table = block_table + table_offset + seq * table_stride;
   if (seq < 0 || seq >= sequences || !has_keys(table, position, window, S, max_pages, P)) return;  // y is complete
+  const int n = position + 1 - first_key(position, window);
+  if (part_length(n, part_count, part_keys) >= n) return;  // here too
   y += y_offset + t * y_stride;
   for (int h = 0; h < G * R; h++, y += D) {
     const int g = h / R, r = h - g * R;

@@ -18,7 +18,7 @@ KEYS = 32  # keys that a tile takes at a time
 TILED_FROM = 8
 # A few tokens' keys are split into parts where that many work-groups would leave threads idle: no fewer keys than this,
 # a few microseconds of work, in each.
-PART_KEYS = 64
+PART_KEYS = 128
 GROUPS_PER_UNIT = 3
 
 
@@ -71,7 +71,7 @@ def _bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     size = (tokens, kv_heads, parts)
     launches = [backend.enqueue(program, "attention_rows", size, (1, 1, 1), *args, np.int32(PART_KEYS), room)]
     if parts > 1:
-        merged = (*y, *where, *table, *sizes, window, np.int32(parts), room)
+        merged = (*y, *where, *table, *sizes, window, np.int32(parts), np.int32(PART_KEYS), room)
         launches.append(backend.enqueue(program, "attention_merge", (tokens,), (1,), *merged))
     return launches
 

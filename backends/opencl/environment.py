@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import shutil
 import tempfile
@@ -67,6 +68,16 @@ def prepare_pyopencl() -> None:
     """PyOpenCL keeps the Python code of its kernel calls under ~/.cache/pytools, and fails if it cannot write there."""
     if not _is_writable(Path(platformdirs.user_cache_dir("pytools", "pytools"))):
         os.environ.setdefault("PYOPENCL_NO_CACHE", "1")
+
+
+@functools.cache
+def processor_flags() -> frozenset[str]:
+    """What /proc/cpuinfo says that the processor has; nothing where there is no such file."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()
 
 
 def _is_writable(folder: Path) -> bool:

@@ -82,6 +82,17 @@ inline void prepare_row(const __global float *x, const __global float *weight, i
     act[k] = normalise ? x[k] * factor * (weight[k] + weight_offset) : x[k];
 }
 
+// Asks for cache lines of weights that are PREFETCH bytes ahead.
+#if PREFETCH && defined(__has_builtin)
+#if __has_builtin(__builtin_prefetch)
+#define FETCH(lines)     \
+  for (int i = 0; i < (lines); i++) __builtin_prefetch((const void *)((ulong)p + PREFETCH + g * (lines) * 64 + i * 64));
+#endif
+#endif
+#ifndef FETCH
+#define FETCH(lines)
+#endif
+
 // Dot products of a prepared row of x with the 32 rows of the tile at p.
 inline void tile_dot(const __global ushort *p, const __global act_t *x, const __global group_t *group, int K,
                      float16 *ra, float16 *rb) {
@@ -112,6 +123,7 @@ inline void tile_dot(const __global ushort *p, const __global act_t *x, const __
 #if BLOCK == GROUP
       const int g = 0;
 #endif
+      FETCH(WORDS * GROUP / BLOCK)
 #ifdef FAST
       const __global int *pairs = (const __global int *)x;
       int16 sa = group->start, sb = group->start;
@@ -211,7 +223,11 @@ __attribute__((reqd_work_group_size(1, 1, 1))) __kernel void prepare(X_INPUT, in
               act + (size_t)t * K, groups + (size_t)t * GROUPS);
 }
 
+#if ROWS == 6
 #define EACH_ROW(F) F(0) F(1) F(2) F(3) F(4) F(5)
+#else
+#define EACH_ROW(F) F(0) F(1) F(2)
+#endif
 
 // DEPTH columns of 16 rows of a tile, unpacked.
 typedef struct {

@@ -26,7 +26,7 @@ GEMV_ROWS = 4
 # Work-groups per compute unit: enough that a core that is late (another process, a slow page) is evened out.
 GROUPS_PER_UNIT = 2
 ADD, BIASED = 1, 2  # flags of the kernels: add to y instead of writing it; there is a bias
-ROWS = 6  # rows of x that `gemm` multiplies at a time
+ROWS = 6  # rows of x that `gemm` multiplies at a time, or half of them
 CHAIN = 64  # columns that `gemm` adds up before it adds their sum to the others, with float activations
 GLU_KINDS = {kind: number for number, kind in enumerate(KINDS)}
 _KIND_NUMBERS = tuple(f"{kind.upper()}={number}" for kind, number in GLU_KINDS.items())
@@ -58,7 +58,7 @@ def gemm_program(signature: Signature) -> ProgramSpec:
     fmt = _weight(signature)[0]
     fast = ("FAST",) if _is_int8(signature) else ()
     program = weight_program(fmt, "gemm.cl", "lanes.h", "pairs.h", "activation.h", defines=fast)
-    numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"ROWS={ROWS}", f"CHAIN={CHAIN}", *_KIND_NUMBERS)
+    numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"CHAIN={CHAIN}", *_KIND_NUMBERS)
     return replace(program, constants=(*program.constants, *numbers))
 
 
