@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 
@@ -43,8 +42,8 @@ def load(
     Raises ModelFormatError or ModelError for the model, BackendUnavailable and UsageError for the backend,
     UnsupportedOp where the fallback policy is "error".
     """
-    with _collector_paused(), ThreadPoolExecutor(1) as beside:
-        return _load(settings, progress, cut, beside)
+    with _collector_paused():
+        return _load(settings, progress, cut)
 
 
 @contextmanager
@@ -59,15 +58,14 @@ def _collector_paused() -> Generator[None]:
             gc.enable()
 
 
-def _load(settings: Settings, progress: Progress | None, cut: Cut, beside: Executor) -> Session:
+def _load(settings: Settings, progress: Progress | None, cut: Cut) -> Session:
     started = time.perf_counter()
     gguf = GGUFFile.open(settings.model)
     config = cut(ModelConfig.from_gguf(gguf))
     ctx = context_size(settings, config, gguf.path)
-    tokenizer = beside.submit(Tokenizer.from_metadata, gguf.metadata, gguf.path)
+    tokenizer = Tokenizer.from_metadata(gguf.metadata, gguf.path)
     backend, choice = open_for_model(settings, config, ctx, progress=progress)
     try:
-        vocabulary = tokenizer.result()
         check_memory(config, ctx, backend, gguf.path)
         programs = Programs(config, Executable(backend, progress), settings, ctx)
         decode = programs.plan(DECODE)
@@ -75,7 +73,7 @@ def _load(settings: Settings, progress: Progress | None, cut: Cut, beside: Execu
         add_weights(programs.executable, config, gguf, ctx)
         programs.step(DECODE, decode)
         gguf.release()  # and what was read of the header
-        return Session(programs, decode, vocabulary, gguf, time.perf_counter() - started, choice)
+        return Session(programs, decode, tokenizer, gguf, time.perf_counter() - started, choice)
     except BaseException:
         backend.close()
         raise
