@@ -36,8 +36,8 @@ BYTES_PER_COLUMN = 4 * 64
 
 
 # How many bytes ahead `gemv` asks for weights. Processors do so by themselves, but not past the end of a page of 4096
-# bytes. A step took 15.1 ms without, 12.1, 11.3, 11.1 and 11.2 with 1024, 2048, 4096 and 8192: medians, Intel's runtime,
-# a busy machine.
+# bytes. A step took 15.1 ms without, 12.1, 11.3, 11.1 and 11.2 with 1024, 2048, 4096 and 8192: medians, Intel's
+# runtime, a busy machine.
 PREFETCH = 4096
 
 
