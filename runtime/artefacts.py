@@ -2,6 +2,7 @@
 
     manifest.json   target, versions, weight layouts, and for each kernel its op, file, symbol, arguments in order,
                     launch dimensions and numerics; the same bytes for the same input
+    programs.json   the model's programs: buffers, and calls of kernels on views of them, in order
     SYMBOL.ext      one file for each kernel: source, or a relocatable object
 
 A folder that has a manifest is complete.
@@ -26,13 +27,14 @@ from ..kernels.ops import OPS
 from ..kernels.quant import FORMATS
 from ..kernels.spi import Kernel, Progress, Unsupported
 from .config import ModelConfig
-from .model import build_program
+from .model import build_program, stacked_tensors
 from .output import plain
 from .plan import Plan, PlannedCall, plan
 from .programs import DECODE, DECODE_SAMPLING, PREFILL_CHUNKS, Bucket, prefill
+from .step import row_stride_of
 
 FORMAT = 1  # of the manifest
-MANIFEST = "manifest.json"
+MANIFEST, PROGRAMS = "manifest.json", "programs.json"
 BUCKETS: tuple[Bucket, ...] = (DECODE, DECODE_SAMPLING, *(prefill(tokens) for tokens in PREFILL_CHUNKS))
 
 
@@ -63,11 +65,13 @@ class Wanted:
 
 @dataclass
 class Needs:
-    """What a model needs for a target: kernels, ops that are taken apart into others, ops that have no kernel."""
+    """What a model needs for a target: kernels, ops that are taken apart into others, ops that have no kernel; and
+    `programs`, the content of programs.json (None: only a part of the kernels is wanted)."""
 
     wanted: dict[str, Wanted] = field(default_factory=dict[str, Wanted])
     decomposed: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
     refused: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
+    programs: dict[str, Any] | None = None
 
     def add(self, planned: Plan) -> None:
         for call in planned.calls:
@@ -111,10 +115,31 @@ def needs(config: ModelConfig, machine: Any, ctx: int, page_size: int) -> Needs:
     """What the decode and prefill programs of a model call."""
     found = Needs()
     generator: Any = _Generator(f"compile {machine.kind}", machine)
+    programs: dict[str, Any] = {}
     for bucket in BUCKETS:
         program = build_program(config, **bucket._asdict(), ctx=ctx, page_size=page_size, precision="exact")
-        found.add(plan(program, generator, "allow"))
+        planned = plan(program, generator, "allow")
+        found.add(planned)
+        programs[program.name] = _program(planned)
+    found.programs = {"stacked": stacked_tensors(config), "rope": asdict(config.rope), "programs": programs}
     return found
+
+
+def _program(planned: Plan) -> dict[str, Any]:
+    """Buffers and calls of a program; a call that no kernel does has no symbol."""
+    buffers = {b.name: {"kind": b.kind, "dtype": b.dtype, "shape": b.shape} for b in planned.buffers.values()}
+    calls = [
+        {
+            "op": leaf.call.op,
+            "symbol": leaf.kernel if leaf.native else None,
+            "tensors": {
+                name: {"buffer": view.buffer, "offset": view.offset, "row_stride": row_stride_of(view)}
+                for name, view in leaf.call.args.items()
+            },
+        }
+        for leaf in planned.leaves()
+    ]
+    return {"buffers": buffers, "calls": calls}
 
 
 @dataclass(frozen=True)
@@ -161,6 +186,8 @@ def generate(found: Needs, target: Any, about: Mapping[str, Any], progress: Prog
         )  # fmt: skip
     if progress:
         progress("compile", len(found.wanted), len(found.wanted))
+    if found.programs is not None:
+        files[PROGRAMS] = (json.dumps(plain({"format": FORMAT, **found.programs})) + "\n").encode()
     manifest = {
         "format": FORMAT,
         "polykern": metadata.version("polykern"),
@@ -169,6 +196,7 @@ def generate(found: Needs, target: Any, about: Mapping[str, Any], progress: Prog
         **about,
         "how_to_launch": machine.loader,
         "weights": {name: _layout(name) for name in _formats(found)},
+        "programs": PROGRAMS if PROGRAMS in files else None,
         "kernels": kernels,
         "decomposed": list(found.decomposed.values()),
         "refused": list(found.refused.values()),
@@ -258,7 +286,7 @@ class Folder:
         """The files that the folder's manifest lists."""
         try:
             manifest = json.loads((self.path / MANIFEST).read_bytes())
-            return {MANIFEST, *(str(kernel["file"]) for kernel in manifest["kernels"])}
+            return {MANIFEST, PROGRAMS, *(str(kernel["file"]) for kernel in manifest["kernels"])}
         except (OSError, ValueError, KeyError, TypeError):
             return set()
 

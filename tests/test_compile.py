@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
+import math
 import re
 import shutil
 import struct
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from gguf_files import valid_llama_gguf
+from gguf_image import Image
 from polykern.backends.tvm.portable.machine import MACHINES
 from polykern.kernels.conformance import run
 from polykern.kernels.errors import BackendUnavailable, UsageError
-from polykern.kernels.op import type_of
+from polykern.kernels.op import NUMPY_DTYPES, type_of
 from polykern.kernels.ops import OPS
 from polykern.kernels.quant import FORMATS, Weight
 from polykern.kernels.testdata import random_weight
 from polykern.runtime.cli import main
+from polykern.runtime.config import ModelConfig
+from polykern.runtime.gguf import GGUFFile
+from polykern.runtime.load import load as load_model
+from polykern.runtime.settings import Sampling, Settings
 
 pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'polykern[tvm]'")
 
 from polykern.backends.tvm.portable import emit, names, targets
 from serial_artefacts import SerialBackend, load
+from tiny_models import mixed_formats, qwen3, some_biases, tokens
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="needs gcc to compile or link what was generated")
 
@@ -135,7 +144,8 @@ def test_manifest(kind: str, model: Path, tmp_path: Path) -> None:
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "b").iterdir()}
     assert manifest["format"] == 1
     assert manifest["target"]["kind"] == kind
-    assert {*files} == {"manifest.json", *(kernel["file"] for kernel in manifest["kernels"])}
+    assert manifest["programs"] == "programs.json"
+    assert {*files} == {"manifest.json", "programs.json", *(kernel["file"] for kernel in manifest["kernels"])}
     assert manifest["refused"] == []
     assert {"rms_norm_gemm", "rms_norm_gemm_glu"} <= {row["op"] for row in manifest["decomposed"]}
     symbols = {kernel["symbol"] for kernel in manifest["kernels"]}
@@ -167,6 +177,7 @@ def test_scalars_and_pointers_stand_as_in_the_source(model: Path, tmp_path: Path
             for a in kernel["arguments"]
         ]
         assert found == expected
+    assert len(set(found)) > 1, "a model that says one thing shows little"
 
 
 @needs_gcc
@@ -190,6 +201,78 @@ def test_a_kernel_runs_from_its_manifest_alone(target: str, model: Path, tmp_pat
     x, ids = rng.standard_normal(argmax["tensors"]["x"]["shape"], dtype=np.float32), np.full(1, -1, np.int32)
     load(tmp_path / "a", argmax)(x=x, ids=ids)
     assert ids == x.argmax()
+
+
+@needs_gcc
+@pytest.mark.parametrize("make", [mixed_formats, some_biases, qwen3])
+def test_a_model_runs_from_its_artefacts(make: Callable[[], Image], tmp_path: Path) -> None:
+    """Decode steps by programs.json, the kernels for C and the file's tensors, against the reference backend."""
+    image, model = make(), tmp_path / "tiny.gguf"
+    model.write_bytes(image.encode())
+    prompt = tokens(image, 5, seed=2)
+    with load_model(Settings(model, backend="reference", ctx=32, precision="exact")) as session:
+        expected = list(session.generate(prompt, max_tokens=6, sampling=Sampling(suppress=frozenset())))
+    assert _continuation(model, tmp_path / "a", "c", 32, prompt, 6) == expected
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_the_default_model_runs_from_its_artefacts(default_model: Path, tmp_path: Path, golden: dict[str, Any]) -> None:
+    case = golden["greedy"][0]
+    expected = case["greedy_ids"][:28]  # then comes an end of text, which golden suppressed
+    found = _continuation(default_model, tmp_path / "a", "llvm -mcpu=native", 64, case["prompt_ids"], len(expected))
+    assert found == expected
+
+
+def _continuation(model: Path, folder: Path, target: str, ctx: int, prompt: list[int], count: int) -> list[int]:
+    """`count` greedy tokens after `prompt`, from the artefacts in `folder`, which is made."""
+    manifest = compiled(model, folder, "--target", target, "--ctx", str(ctx))
+    document = json.loads((folder / "programs.json").read_text())
+    program = document["programs"]["decode.argmax"]
+    kernels = {kernel["symbol"]: kernel for kernel in manifest["kernels"]}
+    files = [str(folder / kernels[symbol]["file"]) for symbol in {call["symbol"] for call in program["calls"]}]
+    subprocess.run(["gcc", "-O2", "-shared", "-fPIC", *files, "-o", str(folder / "all.so"), "-lm"], check=True)
+    library = ctypes.CDLL(str(folder / "all.so"))
+    with GGUFFile.open(model) as gguf:
+        memory = {name: _buffer(name, spec, document, gguf) for name, spec in program["buffers"].items()}
+        memory["cos_sin"][:] = ModelConfig.from_gguf(gguf).rope.table(ctx).reshape(-1)
+    memory["block_table"][:] = np.arange(len(memory["block_table"]))
+    found: list[int] = []
+    for place in range(len(prompt) + count - 1):
+        if place < len(prompt):
+            memory["token_ids"][:] = prompt[place]
+        for call in program["calls"]:
+            _launch(library, kernels[call["symbol"]], call["tensors"], memory)
+        if place >= len(prompt) - 1:
+            found.append(int(memory["token_ids"][0]))
+    return found
+
+
+def _buffer(name: str, spec: dict[str, Any], document: dict[str, Any], gguf: GGUFFile) -> Any:
+    """Memory of a buffer of a program: a weight's bytes as in the file, or zeros."""
+    if spec["kind"] != "weight":
+        return np.zeros(math.prod(spec["shape"]), NUMPY_DTYPES[spec["dtype"]])
+    parts = document["stacked"].get(name, [name])
+    if spec["dtype"] in FORMATS:
+        return np.concatenate([np.ascontiguousarray(gguf.weight(part).data).reshape(-1) for part in parts])
+    return np.concatenate([_vector(gguf, part) for part in parts])
+
+
+def _vector(gguf: GGUFFile, name: str) -> Any:
+    """A bias that the file lacks is zeros, as many as its weight has rows."""
+    if name in gguf.tensors:
+        return np.array(gguf.array(name), np.float32).reshape(-1)
+    return np.zeros(gguf.weight(name.replace(".bias", ".weight")).shape[0], np.float32)
+
+
+def _launch(library: Any, kernel: dict[str, Any], tensors: dict[str, Any], memory: dict[str, Any]) -> None:
+    arguments: list[Any] = []
+    for argument in kernel["arguments"]:
+        view = tensors[argument["name"]]
+        pointer = memory[view["buffer"]].ctypes.data
+        value = pointer if argument["kind"] == "pointer" else view[argument["kind"]]
+        arguments.append(ctypes.c_void_p(value) if argument["kind"] == "pointer" else ctypes.c_int64(value))
+    library[kernel["symbol"]](*arguments)
 
 
 def test_an_object_is_for_its_cpu(model: Path, tmp_path: Path) -> None:
