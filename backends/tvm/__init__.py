@@ -1,1 +1,249 @@
-"""Kernels written in TIR, compiled by TVM."""
+"""The `tvm` backend: this machine's CPU, with kernels written in TVM's TIR and compiled by LLVM for its instructions.
+
+One file per op: how its kernels are written (emit.py) and how a call becomes launches of them (launch.py). compiler.py
+makes object code of them, in a child process or from the cache; library.py loads it; driver.py runs many kernels in one
+call. Weights lie as formats.py says, dot products of integers are dot.py's, and target.py knows the CPUs.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+
+from ...kernels.errors import BackendUnavailable, ContractError, DeviceError
+from ...kernels.host import dense_stride, span
+from ...kernels.op import NUMPY_DTYPES, Signature, TensorType
+from ...kernels.quant import FORMATS, Array, Weight
+from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
+from ..checks import check_call, check_signature, check_transfer
+from . import formats, library
+from .compiler import CACHE, Compiler
+from .launch import HostBuffer, KernelSpec, Launches, OpKernel, slots
+from .launch import Launch as KernelLaunch
+from .library import Run
+from .target import BY_NAME, HostTarget, host_flags, host_name, processors, usable
+
+LONGEST_AXIS = 2**31 - 64  # kernels count in int32, in steps of up to a tile
+ALIGNMENT = 64
+ARENA_BYTES = 32 << 20
+
+
+def _kernels() -> dict[str, OpKernel]:
+    from . import gemm, pointwise
+
+    return {kernel.op: kernel for module in (gemm, pointwise) for kernel in module.KERNELS}
+
+
+class TVMBackend:
+    """The host CPU. A launch has ended when it returns; `capture` makes one call of many."""
+
+    name = "tvm"
+    page_size = 32
+
+    def __init__(self, device: DeviceInfo, target: HostTarget, threads: int, progress: Progress | None = None) -> None:
+        self.device, self.target, self.threads = device, target, threads
+        self._progress = progress
+        self._kernels = _kernels()
+        self._compiler = Compiler(target)
+        self._runs: dict[tuple[KernelSpec, ...], Run] = {}
+        self._scratch: dict[str, HostBuffer] = {}
+        self._arena = np.empty(0, np.uint8)
+
+    def supports(self, signature: Signature) -> Kernel | Unsupported:
+        found = check_signature(signature)
+        if isinstance(found, Unsupported):
+            return found
+        kernel = self._kernels.get(signature.op)
+        if kernel is None:
+            return Unsupported(signature.op, f"no TVM kernel for {signature.op} yet")
+        for name, kind in signature.tensors.items():
+            for axis, length in zip(found.param(name).axes, kind.shape, strict=True):
+                if length > LONGEST_AXIS:
+                    return Unsupported(signature.op, f"{axis} {length} > {LONGEST_AXIS}: kernels count in 32 bits")
+        return Kernel(f"tvm.{kernel.kernels(self, signature)[0].label}", kernel.numerics(self, signature))
+
+    def prepare(self, signatures: Sequence[Signature]) -> None:
+        """Object code of every kernel these calls need."""
+        wanted = [spec for s in signatures if s.op in self._kernels for spec in self._kernels[s.op].kernels(self, s)]
+        self._compiler.kernels(wanted, self._progress)
+
+    def alloc(self, kind: TensorType) -> HostBuffer:
+        return self._buffer(math.prod(kind.shape) * np.dtype(NUMPY_DTYPES[kind.dtype]).itemsize, str(kind))
+
+    def write(self, buffer: HostBuffer, array: Array, offset: int = 0) -> None:
+        check_transfer(buffer.nbytes // array.itemsize, array.dtype, array.size, array.dtype, offset)
+        start = offset * array.itemsize
+        buffer.array[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def read(self, buffer: HostBuffer, kind: TensorType, offset: int = 0) -> Array:
+        dtype, count = np.dtype(NUMPY_DTYPES[kind.dtype]), math.prod(kind.shape)
+        check_transfer(buffer.nbytes // dtype.itemsize, dtype, count, dtype, offset)
+        start = offset * dtype.itemsize
+        return buffer.array[start : start + count * dtype.itemsize].view(dtype).reshape(kind.shape).copy()
+
+    def pack(self, weight: Weight) -> HostBuffer:
+        packed = HostBuffer(self._from_arena(formats.packed_bytes(weight.format, *weight.shape), str(weight.shape)))
+        formats.pack(weight, packed.array)
+        return packed
+
+    def bind(self, call: BoundCall) -> Launch:
+        op = check_call(call)
+        call = BoundCall(call.op, call.tensors, op.with_defaults(call.attrs), call.label)
+        self._check_memory(call)
+        return Launches(tuple(self._kernels[call.op].bind(self, call)))
+
+    def capture(self, launches: Sequence[Launch]) -> Launch:
+        """One call of the driver for the whole step: threads start once and meet at a barrier between two kernels."""
+        flat: list[KernelLaunch] = []
+        for launch in launches:
+            if not isinstance(launch, Launches):
+                raise ContractError("a step of the tvm backend can only hold what its bind() returned")
+            flat += launch.parts
+        if not flat:
+            return lambda: None
+        run, tape = self._tape(flat)
+        address, count, threads = tape.ctypes.data, len(flat), self.threads
+
+        def replay(held: tuple[Any, ...] = (flat, tape)) -> None:
+            run(address, count, threads)
+
+        return replay
+
+    def synchronize(self) -> None:
+        """Every launch has ended when it returns."""
+
+    def close(self) -> None:
+        self._compiler.close()
+        self._runs.clear()
+        self._scratch.clear()
+        self._arena = np.empty(0, np.uint8)
+
+    # What the op files use
+
+    def scratch(self, name: str, nbytes: int) -> HostBuffer:
+        """Memory that holds nothing between calls; shared by all, since they run one after another."""
+        buffer = self._scratch.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._scratch[name] = self._buffer(nbytes, f"scratch {name}")
+        return buffer
+
+    def launch(self, spec: KernelSpec, *arguments: int | float, held: tuple[Any, ...]) -> KernelLaunch:
+        return KernelLaunch(self, spec, slots(arguments), held)
+
+    def run_now(self, launches: Sequence[KernelLaunch]) -> None:
+        run, tape = self._tape(launches)
+        run(tape.ctypes.data, len(launches), self.threads)
+
+    def _tape(self, launches: Sequence[KernelLaunch]) -> tuple[Run, Array]:
+        specs = tuple(dict.fromkeys(launch.spec for launch in launches))
+        run = self._runs.get(specs)
+        if run is None:
+            objects = self._compiler.kernels(specs, self._progress)
+            driver = self._compiler.driver([spec.symbol for spec in specs])
+            run = self._runs[specs] = library.load([driver, *objects])
+        number = {spec: i for i, spec in enumerate(specs)}
+        return run, np.array([(number[x.spec], x.arguments.ctypes.data) for x in launches], np.int64)
+
+    def _check_memory(self, call: BoundCall) -> None:
+        """A ContractError unless every tensor lies in its buffer: a kernel that leaves it takes the process along."""
+        for name, tensor in call.tensors.items():
+            size = tensor.buffer.nbytes
+            if tensor.dtype in FORMATS:
+                fits = size >= formats.packed_bytes(FORMATS[tensor.dtype], *tensor.shape)
+            else:
+                end = tensor.offset + span(tensor.shape, tensor.row_stride)
+                overlaps = tensor.row_stride < dense_stride(tensor.shape)
+                fits = (
+                    tensor.offset >= 0 and not overlaps and end * np.dtype(NUMPY_DTYPES[tensor.dtype]).itemsize <= size
+                )
+            if not fits:
+                where = f"at {tensor.offset}, row stride {tensor.row_stride}"
+                raise ContractError(
+                    f"{call.label or call.op}: {name} {tensor.type} {where}, does not fit a buffer of {size} bytes"
+                )
+
+    def _buffer(self, nbytes: int, what: str) -> HostBuffer:
+        try:
+            raw = np.empty(max(1, nbytes) + ALIGNMENT, np.uint8)
+        except MemoryError as error:
+            raise DeviceError(f"no memory for {what}: {nbytes} bytes") from error
+        start = -raw.ctypes.data % ALIGNMENT
+        return HostBuffer(raw[start : start + nbytes])
+
+    def _from_arena(self, nbytes: int, what: str) -> Array:
+        """Memory for a packed weight, out of larger pieces that may have huge pages: a decode step reads all of it."""
+        nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
+        if self._arena.nbytes < nbytes:
+            size = -(-max(nbytes, ARENA_BYTES) // (2 << 20)) * (2 << 20)
+            try:
+                piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            except (OSError, ValueError) as error:
+                raise DeviceError(f"no memory for a weight {what}: {nbytes} bytes") from error
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                piece.madvise(mmap.MADV_HUGEPAGE)
+            self._arena = np.frombuffer(piece, np.uint8)
+        taken, self._arena = self._arena[:nbytes], self._arena[nbytes:]
+        return taken
+
+
+class TVMProvider:
+    """The host CPU through LLVM. `--device` takes a TVM target: `llvm`, or `llvm -mcpu=LEVEL` for a lesser CPU."""
+
+    spi_version = SPI_VERSION
+    order: int | None = 10
+
+    def devices(self) -> Sequence[DeviceInfo]:
+        library.find_runtime()
+        return [self._device(self._target(None))]
+
+    def open(self, options: OpenOptions) -> TVMBackend:
+        library.find_runtime()
+        target = self._target(options.device)
+        threads = options.threads or processors()
+        library.start(threads)
+        return TVMBackend(self._device(target), target, threads, options.progress)
+
+    def describe(self) -> Mapping[str, Any]:
+        report: dict[str, Any] = {"levels": [level.name for level in usable()], "cache": CACHE.info()}
+        for name in ("apache-tvm", "apache-tvm-ffi", "apache-tvm-ffi-orcjit"):
+            try:
+                report[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                report[name] = "not installed"
+        return report
+
+    @staticmethod
+    def _device(target: HostTarget) -> DeviceInfo:
+        from ...kernels.spi import DeviceInfo
+
+        return DeviceInfo(
+            f"llvm {target.name} / {host_name()}", "Apache TVM", metadata.version("apache-tvm"), 0,
+            {"mcpu": target.mcpu, "dot": target.dot},
+        )  # fmt: skip
+
+    @staticmethod
+    def _target(device: str | None) -> HostTarget:
+        levels = usable()
+        if not levels:
+            raise BackendUnavailable(f"no kernels for this CPU, {host_name()}: known are {', '.join(BY_NAME)}")
+        if device is None or device in ("0", "llvm"):
+            return levels[0]
+        for level in BY_NAME.values():
+            if device in (level.name, f"llvm -mcpu={level.mcpu}", f"llvm -mcpu={level.name}"):
+                if level not in levels:
+                    missing = level.missing(host_flags())
+                    what = f"lacks {', '.join(missing)}" if missing else f"is no {level.machine}"
+                    raise BackendUnavailable(f"{device}: this CPU, {host_name()}, {what}; try {levels[0].name}")
+                return level
+        if device.lower() in f"llvm {levels[0].name} / {host_name()}".lower():
+            return levels[0]
+        known = ", ".join(level.name for level in levels)
+        raise BackendUnavailable(f"no device {device!r}: this CPU is `llvm`, or one of {known}")
+
+
+provider = TVMProvider()

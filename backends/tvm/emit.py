@@ -1,0 +1,234 @@
+"""Writing a kernel in TIR: memory, vectors and loops for the op files of this folder.
+
+A kernel is a C function `void kernel(int64 *arguments, int32 worker, int32 workers)`: its arguments lie in one array of
+64-bit slots, read in the order in which the emitting function asks for them, and each of `workers` threads calls it with
+its own number and does its share. That is what lets one call run a whole decode step (driver.py).
+
+Only here is TVM imported, and only while a kernel is compiled: a start from the cache needs no compiler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+from .target import HostTarget
+
+Expr = Any  # a tirx expression
+LANES = 16  # of every vector: what AVX-512 holds; LLVM splits them where registers are shorter
+
+_BYTES = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8}
+
+
+class Memory:
+    """Elements of one dtype from an address on. Indices are int32 expressions.
+
+    TVM tells LLVM that two of them do not overlap: what is written through one must not be read through another in the
+    same kernel, an `at` of it included.
+    """
+
+    def __init__(self, k: Emitter, address: Expr, dtype: str) -> None:
+        self._k, self._address, self.dtype = k, address, dtype
+        pointer = k.T.handle(dtype)
+        k.T.Bind(k.T.reinterpret(pointer.ty, address), var=pointer)
+        self._buffer = k.T.decl_buffer((1 << 40,), dtype, data=pointer)
+
+    def at(self, element: Expr) -> Memory:
+        """The memory from `element` on (an int32 or int64 expression)."""
+        offset = self._k.wide(element) * self._k.T.int64(_BYTES[self.dtype])
+        return Memory(self._k, self._k.let(self._address + offset), self.dtype)
+
+    def __getitem__(self, index: Expr) -> Expr:
+        return self._buffer[index]
+
+    def __setitem__(self, index: Expr, value: Expr) -> None:
+        self._k.T.buffer_store(self._buffer, value, [index])
+
+    def load(self, index: Expr, lanes: int = LANES) -> Expr:
+        """`lanes` elements as a vector."""
+        return self._k.let(self._buffer[self._k.T.ramp(index, 1, lanes)])
+
+    def store(self, index: Expr, value: Expr, lanes: int = LANES) -> None:
+        self._k.T.buffer_store(self._buffer, value, [self._k.T.ramp(index, 1, lanes)])
+
+    def prefetch(self, index: Expr) -> None:
+        """Ask for the cache line of `index`: a read, kept in all levels."""
+        T = self._k.T
+        address = T.address_of(self._buffer[index])
+        T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", address, T.int32(0), T.int32(3), T.int32(1)))
+
+
+class Local:
+    """A variable, scalar or vector; LLVM keeps it in a register."""
+
+    def __init__(self, k: Emitter, dtype: str, value: Expr) -> None:
+        self._k, self._buffer = k, k.T.alloc_buffer((1,), dtype)
+        self.set(value)
+
+    def get(self) -> Expr:
+        return self._k.let(self._buffer[0])
+
+    def set(self, value: Expr) -> None:
+        self._k.T.buffer_store(self._buffer, value, [0])
+
+
+class Emitter:
+    """One kernel being written. `T` is TVM's builder; `worker` and `workers` are int32 expressions."""
+
+    def __init__(self, target: HostTarget, T: Any) -> None:
+        self.target, self.T = target, T
+        arguments = T.arg("arguments", T.handle("int64"))
+        self.worker = T.arg("worker", T.int32())
+        self.workers = T.arg("workers", T.int32())
+        self._slots = T.decl_buffer((256,), "int64", data=arguments)
+        self._taken = 0
+
+    # Arguments, in order
+
+    def _slot(self) -> Expr:
+        self._taken += 1
+        return self.let(self._slots[self._taken - 1])
+
+    def pointer(self, dtype: str) -> Memory:
+        return Memory(self, self._slot(), dtype)
+
+    def integer(self) -> Expr:
+        return self.let(self.T.Cast("int32", self._slot()))
+
+    def real(self) -> Expr:
+        """A float32, which launch.py stores as the bits of a float64."""
+        return self.let(self.T.Cast("float32", self.T.reinterpret("float64", self._slot())))
+
+    # Statements
+
+    def let(self, value: Expr) -> Expr:
+        """Compute once, here."""
+        return self.T.Bind(value)
+
+    def local(self, dtype: str, value: Expr) -> Local:
+        return Local(self, dtype, value)
+
+    def spill(self, value: Expr) -> Any:
+        """The lanes of a float vector in memory, to be indexed."""
+        lanes = self.T.alloc_buffer((LANES,), "float32")
+        self.T.buffer_store(lanes, value, [self.T.ramp(0, 1, LANES)])
+        return lanes
+
+    def loop(self, start: Expr, stop: Expr) -> Any:
+        return self.T.serial(start, stop)
+
+    @contextmanager
+    def when(self, condition: Expr) -> Generator[None]:
+        with self.T.If(condition), self.T.Then():
+            yield
+
+    @contextmanager
+    def branches(self, condition: Expr) -> Generator[tuple[Any, Any]]:
+        """`with branches(c) as (yes, no): with yes: ...; with no: ...`"""
+        with self.T.If(condition):
+            yield self.T.Then(), self.T.Else()
+
+    def share(self, count: Expr) -> Any:
+        """The loop over this worker's part of `count` items: one consecutive run, so that memory streams."""
+        count = self.wide(count)
+
+        def part(worker: Expr) -> Expr:
+            return self.let(self.cast(self.div(count * worker, self.wide(self.workers)), "int32"))
+
+        return self.loop(part(self.wide(self.worker)), part(self.wide(self.worker) + self.T.int64(1)))
+
+    # Numbers
+
+    def wide(self, value: Expr) -> Expr:
+        return self.T.Cast("int64", value)
+
+    def f32(self, value: float) -> Expr:
+        return self.T.float32(value)
+
+    def div(self, a: Expr, b: Expr) -> Expr:
+        """a / b of integers that are not negative: TVM's // also handles others, at the price of branches."""
+        return self.let(self.T.truncdiv(a, b))
+
+    def mod(self, a: Expr, b: Expr) -> Expr:
+        return self.let(self.T.truncmod(a, b))
+
+    def splat(self, value: Expr, lanes: int = LANES) -> Expr:
+        if isinstance(value, float):
+            value = self.f32(value)
+        return self.T.broadcast(value, lanes)
+
+    def cast(self, value: Expr, dtype: str) -> Expr:
+        return self.T.Cast(dtype, value)
+
+    def floats(self, value: Expr) -> Expr:
+        return self.let(self.T.Cast(f"float32x{LANES}", value))
+
+    def bits(self, value: Expr, dtype: str) -> Expr:
+        return self.T.reinterpret(dtype, value)
+
+    def fma(self, a: Expr, b: Expr, c: Expr) -> Expr:
+        return self.let(self.T.fma(a, b, c))
+
+    def rint(self, value: Expr) -> Expr:
+        return self.T.nearbyint(value)
+
+    def abs(self, value: Expr) -> Expr:
+        return self.T.abs(value)
+
+    def max(self, a: Expr, b: Expr) -> Expr:
+        """The larger; the other one where either is NaN."""
+        return self.let(self.T.call_llvm_pure_intrin(a.ty, "llvm.maxnum", a, b))
+
+    def halves(self, value: Expr, lanes: int, dtype: str = "float32") -> tuple[Expr, Expr]:
+        half = f"{dtype}x{lanes // 2}"
+        return self.let(self.T.vectorlow(half, value)), self.let(self.T.vectorhigh(half, value))
+
+    def lane(self, value: Expr, index: int) -> Expr:
+        import tvm
+
+        return self.let(tvm.tirx.Shuffle([value], [index]))
+
+    def sum_lanes(self, value: Expr, dtype: str = "float32") -> Expr:
+        """The sum of the lanes of a vector, as a tree: log2(LANES) additions deep."""
+        lanes = LANES
+        while lanes > 2:
+            low, high = self.halves(value, lanes, dtype)
+            value, lanes = self.let(low + high), lanes // 2
+        return self.let(self.lane(value, 0) + self.lane(value, 1))
+
+    def max_lanes(self, value: Expr) -> Expr:
+        lanes = LANES
+        while lanes > 2:
+            value = self.max(*self.halves(value, lanes))
+            lanes //= 2
+        return self.max(self.lane(value, 0), self.lane(value, 1))
+
+    def exp(self, x: Expr) -> Expr:
+        """e**x of float32x16: within 2 ulp, 0 below -87.3, infinity above 88.7, NaN for NaN.
+
+        2**n * p(r), x = n ln 2 + r: Cody and Waite's reduction (Software Manual for the Elementary Functions, 1980,
+        chapter 6) with ln 2 in two parts, p the Taylor polynomial of degree 7 on |r| <= ln 2 / 2 (its remainder is
+        5e-9, a tenth of an ulp). 2**n is built from bits in two factors, so that n = 128 and n = -127 come out right.
+        """
+        n = self.let(self.rint(x * self.splat(1.4426950408889634)))
+        r = self.fma(n, self.splat(-0.693359375), x)
+        r = self.fma(n, self.splat(2.12194440e-4), r)
+        p = self.splat(1 / 5040)
+        for factor in (1 / 720, 1 / 120, 1 / 24, 1 / 6, 0.5, 1.0, 1.0):
+            p = self.fma(p, r, self.splat(factor))
+        # Outside this range the result is 0 or infinity whatever the polynomial says; NaN keeps its own p.
+        n = self.let(self.T.Select(n < self.splat(-160.0), self.splat(-160.0), n))
+        n = self.let(self.T.Select(n > self.splat(160.0), self.splat(160.0), n))
+        whole = self.let(self.cast(n, f"int32x{LANES}"))
+        first = self.let(self.T.shift_right(whole, self.splat(self.T.int32(1))))
+        scaled = p
+        for part in (first, whole - first):
+            exponent = self.let((part + self.splat(self.T.int32(127))) * self.splat(self.T.int32(1 << 23)))
+            scaled = self.let(scaled * self.bits(exponent, f"float32x{LANES}"))
+        scaled = self.let(self.T.Select(x < self.splat(-104.0), self.splat(0.0), scaled))
+        return self.let(self.T.Select(x > self.splat(89.0), self.splat(float("inf")), scaled))
+
+    def libm(self, name: str, value: Expr) -> Expr:
+        """A function of the C library, one number at a time: for what no common model calls in its inner loops."""
+        return self.let(self.T.call_pure_extern("float32", name, value))
