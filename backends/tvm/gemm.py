@@ -111,12 +111,14 @@ def _round_block(
     inverse = k.let(T.Select(largest > k.f32(1e-35), k.f32(float(LEVELS)) / largest, k.f32(0.0)))
     rounded = [k.let(k.rint(half * k.splat(inverse))) for half in halves]
     total = k.sum_lanes(k.let(rounded[0] + rounded[1]))
-    steps[index] = k.let(largest * k.f32(1.0 / LEVELS) + k.f32(0.0) * total)
+    # fma, because TVM itself makes 0 * total a 0.
+    step = k.fma(total, k.f32(0.0), k.let(largest * k.f32(1.0 / LEVELS)))
+    steps[index] = step
     integers = [k.let(k.cast(r, "int32x16")) for r in rounded]
     for h, integer in enumerate(integers):
         out.store(b * BLOCK + 16 * h, k.cast(integer, "int8x16"))
     if offset < 0:
-        sums[index] = k.let((largest * k.f32(1.0 / LEVELS) + k.f32(0.0) * total) * total)
+        sums[index] = k.let(step * total)
     elif group == BLOCK:
         sums[index] = k.sum_lanes(k.let(integers[0] + integers[1]), "int32") * T.int32(-offset)
     else:
