@@ -72,7 +72,7 @@ def product_bound(x: Array, weight: Weight, numerics: Numerics, x_error: Array |
 
     gamma(depth + 6) * sum |x||w| for the sums: 6 roundings per term cover scale conversion, scale * quant, offset, and
     the product itself. With int8 activations each x is off by up to half its block's step (plus the rounding of the
-    step, hence 0.505).
+    step, hence 0.505). With bf16 each product is off by two roundings to 8 bits.
     """
     x, magnitude = np.abs(x.astype(np.float64)), _magnitude(weight)
     bound = np.zeros((x.shape[0], magnitude.shape[0]))
@@ -82,6 +82,8 @@ def product_bound(x: Array, weight: Weight, numerics: Numerics, x_error: Array |
     bound += numerics.gamma(6) * (x @ magnitude.T)
     if numerics.activations == "int8":
         bound += (0.505 * block_steps(x, numerics.activation_levels)) @ magnitude.T
+    elif numerics.activations == "bf16":  # two roundings to 8 bits, each off by up to 2**-8
+        bound += 1.01 * 2.0**-7 * (x @ magnitude.T)
     return bound
 
 
@@ -203,7 +205,7 @@ def weight_mutants(reference: Reference, name: str = "w") -> tuple[Mutant, ...]:
 GEMM = Op(
     name="gemm",
     doc="y = x @ w.T (+ bias). `precision` exact: float32 activations; fast: they may be rounded to int8 per block "
-    "of 32.",
+    "of 32, or they and the weights to bfloat16.",
     params=(
         Param("x", ("tokens", "in_features")),
         Param("w", ("out_features", "in_features"), "weight"),

@@ -104,7 +104,7 @@ class Numerics:
     depth        longest chain of additions behind one output: K for a serial loop, ceil(K / lanes) + log2(lanes) for a
                  blocked or tree reduction. Declaring K where the chain is shorter makes the bound blunt.
     activations  "f32": used as they are. "int8": rounded once per row and block of 32 to round(x / s),
-                 s = max|x| / activation_levels
+                 s = max|x| / activation_levels. "bf16": they and the weights rounded to bfloat16
     activation_levels  at least 127; more where a kernel's arithmetic leaves room for finer steps
     function_ulp largest error of exp, tanh, sin and rsqrt as used by the kernel, in ulp
                  (OpenCL 3.0 full profile: exp 3, tanh 5, rsqrt 2; C and numpy: <= 1)
@@ -112,7 +112,7 @@ class Numerics:
 
     accumulate: str = "f32"
     depth: int = 1
-    activations: Literal["f32", "int8"] = "f32"
+    activations: Literal["f32", "int8", "bf16"] = "f32"
     function_ulp: float = 4.0
     activation_levels: int = 127
 

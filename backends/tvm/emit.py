@@ -39,6 +39,10 @@ class Memory:
         offset = self._k.wide(element) * self._k.T.int64(_BYTES[self.dtype])
         return Memory(self._k, self._k.let(self._address + offset), self.dtype)
 
+    def as_dtype(self, dtype: str) -> Memory:
+        """The same memory as elements of another dtype."""
+        return Memory(self._k, self._address, dtype)
+
     def __getitem__(self, index: Expr) -> Expr:
         return self._buffer[index]
 

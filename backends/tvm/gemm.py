@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS, QuantFormat
 from ...kernels.spi import BoundCall
+from . import amx
 from .dot import dot, is_signed
 from .formats import (
     BLOCK,
@@ -321,7 +322,72 @@ def _store(
                     out[start + i] = one.get()
 
 
+def prepare_bf16(k: Emitter, *, normed: bool) -> None:
+    """Rows of x [T, K], normalised if `normed`, as bfloat16 (amx.py). K is whole blocks of 32."""
+    T = k.T
+    x, x_stride = k.pointer("float32"), k.integer()
+    weight, eps, weight_offset = k.pointer("float32"), k.real(), k.real()
+    values, tokens, columns = k.pointer("uint16"), k.integer(), k.integer()
+    with k.share(tokens) as t:
+        row, out = x.at(k.wide(t) * k.wide(x_stride)), values.at(k.wide(t) * k.wide(columns))
+        factor = k.splat(inverse_rms(k, row, columns, eps)) if normed else None
+        with k.loop(0, k.div(columns, 16)) as i:
+            value = row.load(16 * i)
+            if factor is not None:
+                value = k.let(value * factor * (weight.load(16 * i) + k.splat(weight_offset)))
+            upper = T.shift_right(amx.to_bf16(k, value), k.splat(T.uint32(16)))
+            out.store(16 * i, k.cast(upper, "uint16x16"))
+
+
+def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None:
+    """`gemm` on AMX tiles: a tile of the weight is unpacked once, then all rows of x go past it, 32 at a time."""
+    weights = [k.pointer(memory_dtype(fmt)) for _ in range(2 if kind else 1)]
+    scales = [k.pointer("float16") for _ in weights]
+    values, room, room_bytes = k.pointer("uint16"), k.pointer("uint32"), k.integer()
+    y, y_stride, addend = k.pointer("float32"), k.integer(), k.pointer("float32")
+    tokens, features, columns, size = (k.integer() for _ in range(4))
+    amx.configure(k)
+    own = k.let(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
+    panels = [room.at(own + k.T.int64(i) * k.wide(columns) * k.T.int64(TILE_ROWS // 2)) for i in range(len(weights))]
+    behind = k.let(own + k.T.int64(len(weights)) * k.wide(columns) * k.T.int64(TILE_ROWS // 2))
+    sums = [
+        room.at(behind + k.T.int64(i * amx.SUMS_BYTES // 4)).as_dtype("float32") for i in range(len(weights))
+    ]
+    with k.share(k.div(features + (TILE_ROWS - 1), TILE_ROWS)) as tile:
+        start = k.let(k.wide(tile) * k.wide(size))
+        for w, h, panel in zip(weights, scales, panels, strict=True):
+            part = w.at(k.div(start, k.T.int64(2 if fmt == "BF16" else 1)))
+            amx.unpack(k, fmt, part, h.at(k.div(start, k.T.int64(2))), columns, panel)
+        with k.loop(0, k.div(tokens + (amx.GROUP_ROWS - 1), amx.GROUP_ROWS)) as group:
+            first = k.let(group * amx.GROUP_ROWS)
+            for panel, found in zip(panels, sums, strict=True):
+                amx.multiply(k, values, first, columns, panel, found)
+            with k.loop(0, k.T.min(amx.GROUP_ROWS, tokens - first)) as r:
+                pair = [sums[0].load(r * TILE_ROWS + 16 * half) for half in range(2)]
+                if kind:
+                    other = [sums[1].load(r * TILE_ROWS + 16 * half) for half in range(2)]
+                    pair = [k.let(activate(k, kind, g) * u) for g, u in zip(pair, other, strict=True)]
+                out = y.at(k.wide(first + r) * k.wide(y_stride))
+                _store(k, pair, out, addend, tile * TILE_ROWS, features, add, bias)
+    amx.release(k)
+
+
 # From calls to kernels
+
+
+def is_bf16(backend: TVMBackend, signature: Signature) -> bool:
+    """Whether the call goes through AMX tiles, activations and weights rounded to bfloat16."""
+    fmt, _, columns = weight_of(signature)
+    rows = signature.tensors["x"].shape[0]
+    return backend.target.amx and signature.attrs["precision"] == "fast" and amx.takes(fmt.name, columns, rows)
+
+
+def _bf16_specs(signature: Signature) -> tuple[KernelSpec, KernelSpec]:
+    product = spec(
+        gemm_bf16, fmt=weight_of(signature)[0].name, kind=signature.attrs.get("kind", ""),
+        add=signature.op == "gemm_add", bias="bias" in signature.tensors,
+    )  # fmt: skip
+    return product, spec(prepare_bf16, normed=has_norm(signature))
 
 
 def _prepare_spec(signature: Signature, int8: bool, fmt: QuantFormat) -> KernelSpec:
@@ -356,6 +422,8 @@ def kernels(backend: TVMBackend, signature: Signature) -> Sequence[KernelSpec]:
     halves = _halves(signature)
     if halves:
         return [s for half in halves for s in kernels(backend, half)] + [spec(glu, kind=signature.attrs["kind"])]
+    if is_bf16(backend, signature):
+        return _bf16_specs(signature)
     fmt = weight_of(signature)[0]
     kind, tokens = signature.attrs.get("kind", ""), signature.tensors["x"].shape[0]
     return [
@@ -367,12 +435,11 @@ def kernels(backend: TVMBackend, signature: Signature) -> Sequence[KernelSpec]:
 def numerics(backend: TVMBackend, signature: Signature) -> Numerics:
     halves = [numerics(backend, half) for half in _halves(signature)]
     if halves:
-        kinds = {half.activations for half in halves}
-        return Numerics(
-            "f32", max(half.depth for half in halves), "int8" if "int8" in kinds else "f32", FUNCTION_ULP, LEVELS
-        )
+        return max(halves, key=lambda half: (half.activations == "int8", half.activations == "bf16", half.depth))
     fmt, _, k = weight_of(signature)
     norm = k // 64 + 64 + 8 if has_norm(signature) else 0
+    if is_bf16(backend, signature):
+        return Numerics("f32", max(norm, k + 2), "bf16", FUNCTION_ULP)
     if is_int8(signature, fmt):  # sums of a group are exact integers; two additions per group
         return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", FUNCTION_ULP, LEVELS)
     chain = k + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
@@ -393,6 +460,8 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     steps = backend.scratch("steps", tokens * (columns // BLOCK) * 4)
     sums = backend.scratch("sums", tokens * (columns // BLOCK) * 8)
     norm = call.tensors.get("weight")
+    if is_bf16(backend, signature):
+        return _bind_bf16(backend, call)
     parts = 1 if tokens >= backend.threads else backend.threads
     first = backend.launch(
         _prepare_spec(signature, int8, fmt), *place(x), address(norm) if norm else 0,
@@ -408,6 +477,30 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
         held=(call, values, steps, sums),
     )  # fmt: skip
     return [first, second]
+
+
+def _bind_bf16(backend: TVMBackend, call: BoundCall) -> list[Launch]:
+    product, first = _bf16_specs(call.signature)
+    fmt, n, columns = weight_of(call.signature)
+    x, y, norm, bias = (call.tensors.get(name) for name in ("x", "y", "weight", "bias"))
+    assert x and y
+    names = ("w_gate", "w_up") if call.attrs.get("kind") else ("w",)
+    # Rows behind the last are multiplied too, whatever they hold, and not stored.
+    values = backend.scratch("bf16", amx.padded(x.shape[0]) * columns * 2)
+    own = amx.panel_bytes(columns, len(names))
+    room = backend.scratch("panels", own * backend.threads)
+    weights = [call.tensors[name].buffer.address for name in names]
+    numbers = (float(call.attrs.get("eps", 0.0)), float(call.attrs.get("weight_offset", 0.0)))
+    return [
+        backend.launch(
+            first, *place(x), address(norm) if norm else 0, *numbers, values.address, x.shape[0], columns,
+            held=(call, values),
+        ),
+        backend.launch(
+            product, *weights, *weights, values.address, room.address, own, *place(y), address(bias) if bias else 0,
+            x.shape[0], n, columns, tile_bytes(fmt, columns), held=(call, values, room),
+        ),
+    ]  # fmt: skip
 
 
 KERNELS = [OpKernel(op, kernels, numerics, bind) for op in ("gemm", "rms_norm_gemm", "gemm_add", "rms_norm_gemm_glu")]

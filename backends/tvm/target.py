@@ -6,6 +6,7 @@ of them, and each level can be compiled anywhere.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
@@ -15,6 +16,11 @@ from pathlib import Path
 # How `dot` (dot.py) multiplies and adds four bytes: vpdpbusd on 512 or 256 bits, vpmaddubsw + vpmaddwd, NEON's sdot, or
 # plain vector code.
 VNNI512, VNNI256, MADDUBS, SDOT, PLAIN = "avx512vnni", "avxvnni", "avx2", "neon-dot", "plain"
+
+
+# To use AMX tiles a process asks Linux (Documentation/arch/x86/xstate.rst).
+_ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 0x1023, 18
+_SYS_ARCH_PRCTL = 158
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,9 @@ _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "a
 # Best first, per machine. LLVM's icelake-server also has VBMI and more, which no kernel here asks for by name, so the
 # level is cascadelake: all of avx512vnni and nothing else.
 LEVELS = (
+    HostTarget(
+        "amx", "sapphirerapids", VNNI512, frozenset(_AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}), amx=True
+    ),
     HostTarget("avx512vnni", "cascadelake", VNNI512, frozenset(_AVX512)),
     HostTarget("avxvnni", "alderlake", VNNI256, frozenset(_AVX2 | {"avx_vnni"})),
     HostTarget("avx2", "haswell", MADDUBS, frozenset(_AVX2)),
@@ -72,10 +81,20 @@ def host_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
+def tiles_are_permitted() -> bool:
+    """Ask Linux, once, to let this process use tiles."""
+    if platform.system() != "Linux" or platform.machine() != "x86_64":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA) == 0
+
+
 def usable() -> list[HostTarget]:
     """The levels that this machine can run, best first."""
     machine, flags = platform.machine().lower().replace("amd64", "x86_64"), host_flags()
-    return [level for level in LEVELS if level.machine == machine and not level.missing(flags)]
+    able = [level for level in LEVELS if level.machine == machine and not level.missing(flags)]
+    return [level for level in able if not level.amx or tiles_are_permitted()]
 
 
 def processors() -> int:
