@@ -9,7 +9,7 @@ Only here is TVM imported, and only while a kernel is compiled: a start from the
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -142,6 +142,14 @@ class Emitter:
 
         return self.loop(part(self.wide(self.worker)), part(self.wide(self.worker) + self.T.int64(1)))
 
+    def copy(self, source: Memory, target: Memory, start: Expr, stop: Expr) -> None:
+        """target[start:stop] = source[start:stop], in the dtype of `target`."""
+        whole = self.div(stop - start, LANES)
+        with self.loop(0, whole) as i:
+            target.store(start + LANES * i, self.cast(source.load(start + LANES * i), f"{target.dtype}x{LANES}"))
+        with self.loop(start + LANES * whole, stop) as i:
+            target[i] = self.cast(source[i], target.dtype)
+
     # Numbers
 
     def wide(self, value: Expr) -> Expr:
@@ -189,9 +197,17 @@ class Emitter:
         return self.let(self.T.vectorlow(half, value)), self.let(self.T.vectorhigh(half, value))
 
     def lane(self, value: Expr, index: int) -> Expr:
+        return self.shuffle([value], [index])
+
+    def vector(self, values: Sequence[Expr]) -> Expr:
+        """A vector of scalars."""
+        return self.shuffle(values, range(len(values)))
+
+    def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
+        """The chosen lanes of the vectors laid end to end; a scalar where it is one."""
         import tvm
 
-        return self.let(tvm.tirx.Shuffle([value], [index]))
+        return self.let(tvm.tirx.Shuffle(list(vectors), list(lanes)))
 
     def sum_lanes(self, value: Expr, dtype: str = "float32") -> Expr:
         """The sum of the lanes of a vector, as a tree: log2(LANES) additions deep."""
@@ -207,6 +223,21 @@ class Emitter:
             value = self.max(*self.halves(value, lanes))
             lanes //= 2
         return self.max(self.lane(value, 0), self.lane(value, 1))
+
+    def min_lanes(self, value: Expr) -> Expr:
+        """The smallest lane of int32x16."""
+        lanes = LANES
+        while lanes > 2:
+            value = self.let(self.T.min(*self.halves(value, lanes, "int32")))
+            lanes //= 2
+        return self.let(self.T.min(self.lane(value, 0), self.lane(value, 1)))
+
+    def all(self, *conditions: Expr) -> Expr:
+        """Whether all hold. All are computed: one must not read what another one forbids."""
+        result = conditions[0]
+        for condition in conditions[1:]:
+            result = self.T.And(result, condition)
+        return result
 
     def exp(self, x: Expr) -> Expr:
         """e**x of float32x16: within 2 ulp, 0 below -87.3, infinity above 88.7, NaN for NaN.

@@ -17,6 +17,7 @@ take 8 (3% more than the file).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -267,6 +268,69 @@ def float_column(k: Emitter, fmt: str, w: Memory, index: Expr, half: int) -> Exp
         wide = k.T.shift_left(k.cast(raw, f"uint32x{LANES}"), k.splat(k.T.uint32(16)))
         return k.let(k.bits(wide, f"float32x{LANES}"))
     return k.floats(raw)
+
+
+def row_block(
+    k: Emitter, fmt: str, w: Memory, heads: Memory, words: Memory, number: Expr, block: Expr, row: Expr
+) -> list[Expr]:  # fmt: skip
+    """The 32 numbers of one row of a tile in block `block` of super-block `number`, as two float32x16.
+
+    `w`, `heads` and `words` are the tile as int8, float16 and uint32. Four consecutive columns of a row are one word.
+    """
+    layout, T = LAYOUTS[fmt], k.T
+    start = k.let(number * layout.super_bytes)
+    base = k.let(start + layout.head_bytes + block * layout.block_bytes)
+
+    def head(i: int) -> Expr:
+        return k.let(k.cast(heads[k.div(start, 2) + TILE_ROWS * i + row], "float32"))
+
+    def subscale(i: int) -> Expr:
+        raw = k.let(w[base + TILE_ROWS * i + row])
+        return k.let(k.cast(raw if layout.group < BLOCK else k.bits(raw, "uint8"), "float32"))
+
+    quants = k.let(base + layout.subscales * TILE_ROWS + k.div(row, LANES) * layout.half_bytes)
+    first = k.let(k.div(quants, 4) + k.mod(row, LANES))
+
+    def four(j: int) -> Expr:
+        """Words j .. j + 3 of the row: 16 columns as they lie."""
+        return k.vector([words[first + LANES * (j + i)] for i in range(4)])
+
+    def fields(value: Expr, shifts: Sequence[int], mask: int) -> Expr:
+        moved = T.shift_right(value, k.vector([T.uint32(s) for s in shifts]))
+        return k.let(T.bitwise_and(moved, k.splat(T.uint32(mask * 0x01010101), 4)))
+
+    if layout.bits == 8:
+        found = [four(0), four(4)]
+    else:
+        low = four(0)
+        found = [fields(low, [0] * 4, 15), fields(low, [4] * 4, 15)]
+    if layout.bits in (5, 6):
+        extra = layout.bits - 4
+        sources = [k.let(k.splat(words[first + LANES * (4 + i)], 4)) for i in range(extra)]
+        for i in range(2):
+            source, begin = (sources[0], 4 * i) if extra == 1 else (sources[i], 0)
+            upper = fields(source, [begin + extra * j for j in range(4)], (1 << extra) - 1)
+            found[i] = k.let(T.bitwise_or(found[i], T.shift_left(upper, k.splat(T.uint32(4), 4))))
+    scales = [head(0)] * 2
+    if layout.subscales:
+        scales = [k.let(scales[i] * subscale(0 if layout.group == BLOCK else i)) for i in range(2)]
+    numbers: list[Expr] = []
+    for value, scale in zip(found, scales, strict=True):
+        quant = k.let(k.cast(k.bits(value, f"uint8x{LANES}"), f"int32x{LANES}"))
+        centred = k.floats(quant - k.splat(T.int32(layout.offset)))
+        if layout.has_min:
+            minimum = k.let(k.f32(0.0) - head(1) * subscale(1)) if layout.subscales else head(1)
+            numbers.append(k.fma(centred, k.splat(scale), k.splat(minimum)))
+        else:
+            numbers.append(k.let(centred * k.splat(scale)))
+    return numbers
+
+
+def row_element(k: Emitter, fmt: str, w: Memory, index: Expr) -> Expr:
+    """One number of a float format, float32."""
+    if fmt == "BF16":
+        return k.let(k.bits(k.T.shift_left(k.cast(w[index], "uint32"), k.T.uint32(16)), "float32"))
+    return k.let(k.cast(w[index], "float32"))
 
 
 def memory_dtype(fmt: str) -> str:

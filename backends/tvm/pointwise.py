@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ...kernels.op import Numerics, Signature
 from ...kernels.spi import BoundCall, DeviceTensor
-from .launch import FUNCTION_ULP, Launch, OpKernel, place, spec
+from .launch import FUNCTION_ULP, Launch, OpKernel, address, place, spec
 
 if TYPE_CHECKING:
     from . import TVMBackend
@@ -30,10 +30,7 @@ def activate(k: Emitter, kind: str, g: Expr) -> Expr:
 
 def by_lane(k: Emitter, name: str, v: Expr) -> Expr:
     """A function of the C library on each lane."""
-    import tvm
-
-    lanes = [k.libm(name, k.lane(v, i)) for i in range(16)]
-    return k.let(tvm.tirx.Shuffle(lanes, list(range(16))))
+    return k.vector([k.libm(name, k.lane(v, i)) for i in range(16)])
 
 
 def _each(k: Emitter, tokens: Expr, features: Expr, body: Callable[[Expr, Expr, int], None]) -> None:
@@ -66,6 +63,40 @@ def glu(k: Emitter, *, kind: str) -> None:
     _each(k, tokens, features, body)
 
 
+def add(k: Emitter) -> None:
+    x, x_stride, y, y_stride = k.pointer("float32"), k.integer(), k.pointer("float32"), k.integer()
+    tokens, features = k.integer(), k.integer()
+
+    def body(t: Expr, i: Expr, lanes: int) -> None:
+        sums, addend = x.at(k.wide(t) * k.wide(x_stride)), y.at(k.wide(t) * k.wide(y_stride))
+        if lanes > 1:
+            sums.store(i, sums.load(i) + addend.load(i))
+        else:
+            sums[i] = sums[i] + addend[i]
+
+    _each(k, tokens, features, body)
+
+
+def softcap(k: Emitter) -> None:
+    x, x_stride, tokens, features, cap = k.pointer("float32"), k.integer(), k.integer(), k.integer(), k.real()
+
+    def body(t: Expr, i: Expr, lanes: int) -> None:
+        row = x.at(k.wide(t) * k.wide(x_stride))
+        if lanes > 1:
+            wide = k.splat(cap)
+            row.store(i, wide * by_lane(k, "tanhf", k.let(row.load(i) / wide)))
+        else:
+            row[i] = cap * k.libm("tanhf", row[i] / cap)
+
+    _each(k, tokens, features, body)
+
+
+def advance(k: Emitter) -> None:
+    positions, seq_ids, tokens = k.pointer("int32"), k.pointer("int32"), k.integer()
+    with k.share(tokens) as t, k.when(seq_ids[t] >= 0):
+        positions[t] = positions[t] + 1
+
+
 def _numerics(backend: TVMBackend, signature: Signature) -> Numerics:
     return Numerics("f32", 2, "f32", FUNCTION_ULP)
 
@@ -92,4 +123,25 @@ def bind_halves(
     return launches + _bind_glu(backend, BoundCall("glu", joined, {"kind": call.attrs["kind"]}, call.label))
 
 
-KERNELS = [OpKernel("glu", lambda b, s: [spec(glu, kind=s.attrs["kind"])], _numerics, _bind_glu)]
+def _bind_add(backend: TVMBackend, call: BoundCall) -> list[Launch]:
+    x, y = call.tensors["x"], call.tensors["y"]
+    return [backend.launch(spec(add), *place(x), *place(y), *x.shape, held=(call,))]
+
+
+def _bind_softcap(backend: TVMBackend, call: BoundCall) -> list[Launch]:
+    x = call.tensors["x"]
+    return [backend.launch(spec(softcap), *place(x), *x.shape, float(call.attrs["cap"]), held=(call,))]
+
+
+def _bind_advance(backend: TVMBackend, call: BoundCall) -> list[Launch]:
+    positions, seq_ids = call.tensors["positions"], call.tensors["seq_ids"]
+    arguments = (address(positions), address(seq_ids), *positions.shape)
+    return [backend.launch(spec(advance), *arguments, held=(call,))]
+
+
+KERNELS = [
+    OpKernel("glu", lambda b, s: [spec(glu, kind=s.attrs["kind"])], _numerics, _bind_glu),
+    OpKernel("add", lambda b, s: [spec(add)], _numerics, _bind_add),
+    OpKernel("softcap", lambda b, s: [spec(softcap)], _numerics, _bind_softcap),
+    OpKernel("advance", lambda b, s: [spec(advance)], _numerics, _bind_advance),
+]
