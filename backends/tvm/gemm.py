@@ -324,19 +324,20 @@ def _store(
 
 def prepare_bf16(k: Emitter, *, normed: bool) -> None:
     """Rows of x [T, K], normalised if `normed`, as bfloat16 (amx.py). K is whole blocks of 32."""
-    T = k.T
     x, x_stride = k.pointer("float32"), k.integer()
     weight, eps, weight_offset = k.pointer("float32"), k.real(), k.real()
     values, tokens, columns = k.pointer("uint16"), k.integer(), k.integer()
     with k.share(tokens) as t:
-        row, out = x.at(k.wide(t) * k.wide(x_stride)), values.at(k.wide(t) * k.wide(columns))
+        row, out = x.at(k.wide(t) * k.wide(x_stride)), values.at(amx.place_of(k, t, columns))
         factor = k.splat(inverse_rms(k, row, columns, eps)) if normed else None
-        with k.loop(0, k.div(columns, 16)) as i:
-            value = row.load(16 * i)
+        with k.loop(0, k.div(columns, BLOCK)) as b:
+            halves = [row.load(b * BLOCK + 16 * i) for i in range(2)]
             if factor is not None:
-                value = k.let(value * factor * (weight.load(16 * i) + k.splat(weight_offset)))
-            upper = T.shift_right(amx.to_bf16(k, value), k.splat(T.uint32(16)))
-            out.store(16 * i, k.cast(upper, "uint16x16"))
+                scales = [weight.load(b * BLOCK + 16 * i) + k.splat(weight_offset) for i in range(2)]
+                halves = [k.let(half * factor * scale) for half, scale in zip(halves, scales, strict=True)]
+            for i, half in enumerate(halves):
+                upper = k.T.shift_right(amx.to_bf16(k, half), k.splat(k.T.uint32(16)))
+                out.store(b * 16 * BLOCK + 16 * i, k.cast(upper, "uint16x16"))
 
 
 def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None:
@@ -347,12 +348,11 @@ def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None
     y, y_stride, addend = k.pointer("float32"), k.integer(), k.pointer("float32")
     tokens, features, columns, size = (k.integer() for _ in range(4))
     amx.configure(k)
-    own = k.let(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
-    panels = [room.at(own + k.T.int64(i) * k.wide(columns) * k.T.int64(TILE_ROWS // 2)) for i in range(len(weights))]
-    behind = k.let(own + k.T.int64(len(weights)) * k.wide(columns) * k.T.int64(TILE_ROWS // 2))
-    sums = [
-        room.at(behind + k.T.int64(i * amx.SUMS_BYTES // 4)).as_dtype("float32") for i in range(len(weights))
-    ]
+    own = room.at(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
+    panel_size = k.let(columns * (TILE_ROWS // 2))
+    panels = [own.at(i * panel_size) for i in range(len(weights))]
+    behind = own.at(len(weights) * panel_size).as_dtype("float32")
+    sums = [behind.at(k.T.int32(i * amx.SUMS_BYTES // 4)) for i in range(len(weights))]
     with k.share(k.div(features + (TILE_ROWS - 1), TILE_ROWS)) as tile:
         start = k.let(k.wide(tile) * k.wide(size))
         for w, h, panel in zip(weights, scales, panels, strict=True):
