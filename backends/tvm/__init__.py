@@ -36,7 +36,9 @@ ARENA_BYTES = 32 << 20
 def _kernels() -> dict[str, OpKernel]:
     from . import gemm, pointwise, rms_norm, rope, rows, sample
 
-    return {kernel.op: kernel for module in (gemm, pointwise, rms_norm, rope, rows, sample) for kernel in module.KERNELS}
+    return {
+        kernel.op: kernel for module in (gemm, pointwise, rms_norm, rope, rows, sample) for kernel in module.KERNELS
+    }
 
 
 class TVMBackend:

@@ -1,8 +1,8 @@
 """gemm for many rows on AMX: weights and activations as bfloat16, sums in float32 (Sapphire Rapids and later).
 
 A tile instruction multiplies 16 rows of x by 16 rows of the weight over 32 columns. A thread unpacks 32 rows of its
-weight once into a panel in its own cache, and runs all of x past it. bfloat16 rather than AMX's int8, because integer sums
-would have to leave the tiles after every block of 32 for its scale: 48 vector instructions for 16 cycles of tiles.
+weight once into a panel in its own cache, and runs all of x past it. bfloat16 rather than AMX's int8, because integer
+sums would have to leave the tiles after every block of 32 for its scale: 48 vector instructions for 16 cycles of tiles.
 
 Only formats whose numbers are d * q + m: those with two levels of scales have more bits than bfloat16 keeps.
 """
@@ -63,8 +63,11 @@ def _call(k: Emitter, name: str, *arguments: Expr) -> None:
 
 
 def unpack(k: Emitter, fmt: str, w: Memory, heads: Memory, columns: Expr, panel: Memory) -> None:
-    """A tile of a weight as bfloat16. panel (uint32): for each 32 columns and each half 16 rows of 64 bytes; row p, lane
-    n holds columns 2p and 2p + 1 of row n of the half."""
+    """A tile of a weight as bfloat16.
+
+    panel (uint32): for each 32 columns and each half 16 rows of 64 bytes; row p, lane n holds columns 2p and 2p + 1 of
+    row n of the half.
+    """
     T = k.T
     upper, sixteen = k.splat(T.uint32(0xFFFF0000)), k.splat(T.uint32(16))
     with k.loop(0, k.div(columns, BLOCK)) as b:
@@ -123,4 +126,3 @@ def multiply(k: Emitter, x: Memory, first: Expr, columns: Expr, panel: Memory, s
 def takes(fmt: str, columns: int, rows: int) -> bool:
     """Whether a product goes through tiles."""
     return fmt in FORMATS and columns % BLOCK == 0 and rows >= LEAST_ROWS
-

@@ -83,6 +83,9 @@ class Compiler:
             self._child.kill()
             self._child.communicate()
             self._child = None
+        if self._said is not None:
+            self._said.close()
+            self._said = None
 
     def _object(self, label: str, fields: Mapping[str, Any], request: Mapping[str, Any]) -> bytes:
         found = CACHE.load(fields)
@@ -96,10 +99,11 @@ class Compiler:
         if self._child is None:
             command = [sys.executable, "-m", f"{__package__}.compile_child"]
             # A file, not a pipe: nobody reads it while the child works, and a full pipe would stop the child.
-            self._said = tempfile.TemporaryFile()
+            self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the child
             self._child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
         child = self._child
-        assert child.stdin and child.stdout and self._said
+        assert child.stdin is not None
+        assert self._said is not None
         try:
             child.stdin.write(json.dumps({**request, "target": self.target.name}).encode() + b"\n")
             child.stdin.flush()
@@ -111,9 +115,11 @@ class Compiler:
         else:
             reason = "its compiler ended"
         if answer is None:
-            self.close()
+            child.kill()
+            child.wait()
             self._said.seek(0)
             last = self._said.read().decode(errors="replace").strip().splitlines()[-1:]
+            self.close()
             raise DeviceError(f"tvm cannot compile {label} for {self.target.name}: {' '.join([reason, *last])}")
         if "error" in answer:
             raise DeviceError(f"tvm cannot compile {label} for {self.target.name}: {answer['error']}")
@@ -134,5 +140,3 @@ class Compiler:
         if len(payload) != nbytes:
             raise OSError("its compiler ended")
         return payload
-
-

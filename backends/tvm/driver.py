@@ -1,7 +1,7 @@
 """TVM at work: kernels and the driver that runs them, compiled to object files.
 
-The driver is one TVM function `run(tape, count, workers)`. The tape is an array of pairs (number of the kernel, address of
-its arguments); its threads are started once, run every kernel of the tape, and meet at a barrier between two of them.
+The driver is one TVM function `run(tape, count, workers)`. The tape is an array of pairs (number of the kernel,
+address of its arguments); its threads are started once, run every kernel of the tape, and meet at a barrier between two of them.
 So a decode step is one call from Python and one parallel region: 2 threads pass a barrier in 0.14 us on a Sapphire
 Rapids Xeon, where each parallel region of its own costs 2 us (bench/README.md).
 """
@@ -36,11 +36,10 @@ def lower(emit: Callable[..., None], options: Mapping[str, Any], symbol: str, ta
     from tvm.script.ir_builder import IRBuilder
     from tvm.tirx.script import builder
 
-    with IRBuilder() as written:
-        with builder.prim_func(s_tir=True):
-            builder.func_name(symbol)
-            builder.func_attr({"global_symbol": symbol, "calling_conv": _C_CALL})
-            emit(Emitter(target, builder), **options)
+    with IRBuilder() as written, builder.prim_func(s_tir=True):
+        builder.func_name(symbol)
+        builder.func_attr({"global_symbol": symbol, "calling_conv": _C_CALL})
+        emit(Emitter(target, builder), **options)
     return compile_module(written.get(), target)
 
 
@@ -71,7 +70,9 @@ def build_kernel(emit: Callable[..., None], options: Mapping[str, Any], symbol: 
 
 def build_driver(symbols: Sequence[str], target: HostTarget) -> bytes:
     from tvm.script.ir_builder import IRBuilder
-    from tvm.tirx.script import builder as T
+    from tvm.tirx.script import builder
+
+    T: Any = builder
 
     def choose(number: Any, arguments: Any, worker: Any, workers: Any, first: int = 0) -> None:
         call = T.call_extern("void", symbols[first], arguments, worker, workers)
@@ -84,20 +85,19 @@ def build_driver(symbols: Sequence[str], target: HostTarget) -> bytes:
             with T.Else():
                 choose(number, arguments, worker, workers, first + 1)
 
-    with IRBuilder() as written:
-        with T.prim_func(s_tir=True):
-            T.func_name(ENTRY)
-            T.func_attr({"global_symbol": ENTRY})
-            address = T.arg("tape", T.handle())
-            count = T.arg("count", T.int32())
-            workers = T.arg("workers", T.int32())
-            pointer = T.handle("int64")
-            T.Bind(T.reinterpret(pointer.ty, address), var=pointer)
-            tape = T.decl_buffer((1 << 40,), "int64", data=pointer)
-            with T.attr("default", "pragma_parallel_launch_point", 1), T.serial(0, count) as i:
-                with T.attr("default", "pragma_parallel_barrier_when_finish", 1), T.parallel(0, workers) as worker:
-                    arguments = T.reinterpret(pointer.ty, tape[2 * i + 1])
-                    choose(tape[2 * i], arguments, worker, workers)
+    with IRBuilder() as written, T.prim_func(s_tir=True):
+        T.func_name(ENTRY)
+        T.func_attr({"global_symbol": ENTRY})
+        address = T.arg("tape", T.handle())
+        count = T.arg("count", T.int32())
+        workers = T.arg("workers", T.int32())
+        pointer = T.handle("int64")
+        T.Bind(T.reinterpret(pointer.ty, address), var=pointer)
+        tape = T.decl_buffer((1 << 40,), "int64", data=pointer)
+        barrier = T.attr("default", "pragma_parallel_barrier_when_finish", 1)
+        start = T.attr("default", "pragma_parallel_launch_point", 1)
+        with start, T.serial(0, count) as i, barrier, T.parallel(0, workers) as worker:
+            choose(tape[2 * i], T.reinterpret(pointer.ty, tape[2 * i + 1]), worker, workers)
     return _object(compile_module(written.get(), target))
 
 

@@ -1,8 +1,8 @@
 """Writing a kernel in TIR: memory, vectors and loops for the op files of this folder.
 
 A kernel is a C function `void kernel(int64 *arguments, int32 worker, int32 workers)`: its arguments lie in one array of
-64-bit slots, read in the order in which the emitting function asks for them, and each of `workers` threads calls it with
-its own number and does its share. That is what lets one call run a whole decode step (driver.py).
+64-bit slots, read in the order in which the emitting function asks for them, and each of `workers` threads calls it
+with its own number and does its share. That is what lets one call run a whole decode step (driver.py).
 
 Only here is TVM imported, and only while a kernel is compiled: a start from the cache needs no compiler.
 """
@@ -205,9 +205,10 @@ class Emitter:
 
     def shuffle(self, vectors: Sequence[Expr], lanes: Sequence[int]) -> Expr:
         """The chosen lanes of the vectors laid end to end; a scalar where it is one."""
-        import tvm
+        from tvm import tirx
 
-        return self.let(tvm.tirx.Shuffle(list(vectors), list(lanes)))
+        shuffled: Any = tirx.Shuffle
+        return self.let(shuffled(list(vectors), list(lanes)))
 
     def sum_lanes(self, value: Expr, dtype: str = "float32") -> Expr:
         """The sum of the lanes of a vector, as a tree: log2(LANES) additions deep."""

@@ -345,5 +345,3 @@ def layout_of(fmt: str) -> Layout:
 def check_covers() -> None:
     """Every format of the contract has a layout."""
     assert LAYOUTS.keys() | FLOAT_BYTES.keys() == FORMATS.keys()
-
-

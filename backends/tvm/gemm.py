@@ -1,8 +1,8 @@
 """gemm and the ops fused with it: norm before it, residual or GLU after it.
 
-Two kernels a call. `prepare` turns rows of x into what dot products want, normalised if asked: int8 with a step for each
-block of 32 (`fast`, quantised weights), else floats. `gemm` walks the tiles of the weight (formats.py); each thread has
-a run of tiles, and every load of weights serves up to ROWS rows of x.
+Two kernels a call. `prepare` turns rows of x into what dot products want, normalised if asked: int8 with a step for
+each block of 32 (`fast`, quantised weights), else floats. `gemm` walks the tiles of the weight (formats.py); each thread
+has a run of tiles, and every load of weights serves up to ROWS rows of x.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 # Rows of x per load of weights: 6 rows x 2 halves are 12 sums of integers and 12 of floats in AVX-512's 32 registers.
 ROWS = 6
 
-# A single row is rounded a second time, in steps this much finer: its product reads memory, not registers (a core does 69
-# GB/s of 4-bit dot products out of its L2 and gets 15 of them from memory), so the second dot product is free, and the
+# A single row is rounded a second time, in steps this much finer: its product waits for memory (a core does 69 GB/s of
+# 4-bit dot products out of its L2 and gets 15 of them from memory), so the second dot product is free, and the
 # change of nll per token falls from 0.06 to 0.002. Only where a dot product is one instruction.
 LOW_STEPS = 254
 
@@ -173,7 +173,8 @@ def inverse_rms(k: Emitter, row: Memory, columns: Expr, eps: Expr) -> Expr:
 def gemm(k: Emitter, *, fmt: str, int8: bool, fine: bool, rows: int, kind: str, add: bool, bias: bool) -> None:
     """y [T, N] from prepared rows and a packed weight, or from two of them (`kind` of GLU) tile by tile.
 
-    `rows` rows of x share a load of weights; the last group repeats row T - 1 and stores it once. `fine`: see `prepare`.
+    `rows` rows of x share a load of weights; the last group repeats row T - 1 and stores it once. `fine`: as in
+    `prepare`.
     """
     T = k.T
     weights = [k.pointer(memory_dtype(fmt)) for _ in range(2 if kind else 1)]
@@ -190,7 +191,8 @@ def gemm(k: Emitter, *, fmt: str, int8: bool, fine: bool, rows: int, kind: str, 
         start = k.wide(tile) * k.wide(size)
         unit = 2 if memory_dtype(fmt) in ("float16", "uint16") else 4 if fmt == "F32" else 1
         parts = [
-            (w.at(k.div(start, T.int64(unit))), h.at(k.div(start, T.int64(2)))) for w, h in zip(weights, scales, strict=True)
+            (w.at(k.div(start, T.int64(unit))), h.at(k.div(start, T.int64(2))))
+            for w, h in zip(weights, scales, strict=True)
         ]
         with k.loop(0, k.div(tokens + (rows - 1), rows)) as group:
             which = [k.let(T.min(group * rows + r, tokens - 1)) for r in range(rows)]
@@ -287,9 +289,7 @@ def _exact_rows(
                 products: list[Expr] = [k.splat(0.0) for _ in which]
                 for j in range(8) if layout.group == BLOCK else range(4 * g, 4 * g + 4):
                     for i in range(4):
-                        quant = T.bitwise_and(
-                            T.shift_right(vectors[j], k.splat(T.int32(8 * i))), k.splat(T.int32(255))
-                        )
+                        quant = T.bitwise_and(T.shift_right(vectors[j], k.splat(T.int32(8 * i))), k.splat(T.int32(255)))
                         number_ = k.floats(quant - k.splat(T.int32(layout.offset)))
                         for r in range(len(which)):
                             x = k.splat(values[starts[r] + T.int64(4 * j + i)])
@@ -310,7 +310,6 @@ def _float_rows(
     which: list[Expr], small: tuple[Memory, Memory] | None,
 ) -> Rows:  # fmt: skip
     """Weights without blocks. One row has two sums per half: one FMA chain would wait for itself."""
-    T = k.T
     chains = 2 if len(which) == 1 else 1
     totals = [[[k.local("float32x16", k.splat(0.0)) for _ in range(chains)] for _ in range(2)] for _ in which]
     starts = [k.let(k.wide(t) * k.wide(columns)) for t in which]
@@ -328,8 +327,7 @@ def _float_rows(
     if chains > 1:
         with k.loop(k.div(columns, chains) * chains, columns) as c:
             column(c, 0)
-    joined = [[half[0].get() if chains == 1 else k.let(half[0].get() + half[1].get()) for half in r] for r in totals]
-    return joined
+    return [[half[0].get() if chains == 1 else k.let(half[0].get() + half[1].get()) for half in r] for r in totals]
 
 
 def _store(
@@ -441,12 +439,11 @@ def _prepare_spec(backend: TVMBackend, signature: Signature, int8: bool, fmt: Qu
     )  # fmt: skip
 
 
-def _gemm_spec(
-    backend: TVMBackend, signature: Signature, fmt: QuantFormat, kind: str, tokens: int
-) -> KernelSpec:
+def _gemm_spec(backend: TVMBackend, signature: Signature, fmt: QuantFormat, kind: str, tokens: int) -> KernelSpec:
     int8 = is_int8(signature, fmt)
     return spec(
-        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(backend, signature), rows=1 if tokens == 1 else ROWS, kind=kind,
+        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(backend, signature), rows=1 if tokens == 1 else ROWS,
+        kind=kind,
         add=signature.op == "gemm_add", bias="bias" in signature.tensors,
     )  # fmt: skip
 
@@ -532,7 +529,8 @@ def _bind_bf16(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     product, first = _bf16_specs(call.signature)
     fmt, n, columns = weight_of(call.signature)
     x, y, norm, bias = (call.tensors.get(name) for name in ("x", "y", "weight", "bias"))
-    assert x and y
+    assert x is not None
+    assert y is not None
     names = ("w_gate", "w_up") if call.attrs.get("kind") else ("w",)
     # Rows behind the last are multiplied too, whatever they hold, and not stored.
     values = backend.scratch("bf16", amx.padded(x.shape[0]) * columns * 2)

@@ -1,7 +1,7 @@
 """From a call of an op to kernels with their arguments: what every op's file in this folder builds on.
 
-An op's file declares `KERNELS`, one `OpKernel` per op: which kernels it needs, what its arithmetic is, and how a call is
-turned into launches. A kernel is written by an emitting function of that file; a `KernelSpec` names the function and
+An op's file declares `KERNELS`, one `OpKernel` per op: which kernels it needs, what its arithmetic is, and how a call
+is turned into launches. A kernel is written by an emitting function of that file; a `KernelSpec` names the function and
 what the kernel is specialised for.
 """
 

@@ -1,7 +1,7 @@
 """Object code made callable: TVM's runtime, its thread pool, and LLVM's in-process linker (apache-tvm-ffi-orcjit).
 
-Only the runtime is loaded, not the compiler: 0.2 s and 60 MB, where `import tvm` takes a second and 250 MB. No linker of
-the system is needed, and nothing is written to disk to be loaded.
+Only the runtime is loaded, not the compiler: 0.2 s and 60 MB, where `import tvm` takes a second and 250 MB. No linker
+of the system is needed, and nothing is written to disk to be loaded.
 """
 
 from __future__ import annotations
@@ -25,16 +25,14 @@ _session: Any = None
 def find_runtime() -> Path:
     """TVM's runtime library, without importing TVM. Raises BackendUnavailable with what to install."""
     for name in ("tvm", "tvm_ffi", "tvm_ffi_orcjit"):
-        found = importlib.util.find_spec(name)
-        if found is None:
+        if importlib.util.find_spec(name) is None:
             raise BackendUnavailable(f"no module {name}: pip install 'polykern[tvm]'")
-        if name == "tvm":
-            folder = Path((found.submodule_search_locations or [""])[0])
-            path = next((p for p in folder.glob("lib/libtvm_runtime.*") if p.suffix in (".so", ".dylib")), None)
-            if path is None:
-                raise BackendUnavailable(f"{folder} has no lib/libtvm_runtime: reinstall apache-tvm")
-            runtime = path
-    return runtime
+    found = importlib.util.find_spec("tvm")
+    folders = list(found.submodule_search_locations or []) if found else []
+    for path in (path for folder in folders for path in Path(folder).glob("lib/libtvm_runtime.*")):
+        if path.suffix in (".so", ".dylib"):
+            return path
+    raise BackendUnavailable("apache-tvm has no lib/libtvm_runtime: reinstall it")
 
 
 def start(threads: int) -> None:

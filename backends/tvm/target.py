@@ -1,7 +1,7 @@
 """Which instructions kernels are compiled for: levels of CPUs, each with its integer dot product.
 
-A level names an LLVM CPU rather than the host's own, so that a kernel compiled on one machine of a level is right on all
-of them, and each level can be compiled anywhere.
+A level names an LLVM CPU rather than the host's own, so that a kernel compiled on one machine of a level is right on
+all of them, and each level can be compiled anywhere.
 """
 
 from __future__ import annotations
