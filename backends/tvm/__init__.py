@@ -34,11 +34,10 @@ ARENA_BYTES = 32 << 20
 
 
 def _kernels() -> dict[str, OpKernel]:
-    from . import gemm, pointwise, rms_norm, rope, rows, sample
+    from . import attention, gemm, pointwise, rms_norm, rope, rows, sample
 
-    return {
-        kernel.op: kernel for module in (gemm, pointwise, rms_norm, rope, rows, sample) for kernel in module.KERNELS
-    }
+    modules = (attention, gemm, pointwise, rms_norm, rope, rows, sample)
+    return {kernel.op: kernel for module in modules for kernel in module.KERNELS}
 
 
 class TVMBackend:

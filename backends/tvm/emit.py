@@ -210,6 +210,20 @@ class Emitter:
         shuffled: Any = tirx.Shuffle
         return self.let(shuffled(list(vectors), list(lanes)))
 
+    def interleave(self, a: Expr, b: Expr) -> tuple[Expr, Expr]:
+        """a0 b0 a1 b1 ... of the lower lanes of two vectors, and of the upper ones."""
+        order = [lane + LANES * side for lane in range(LANES) for side in (0, 1)]
+        low, high = (self.shuffle([a, b], half) for half in (order[:LANES], order[LANES:]))
+        return low, high
+
+    def transpose(self, rows: list[Expr]) -> list[Expr]:
+        """Columns of LANES vectors: four rounds of interleaving row i with row i + 8 turn (row, lane) into
+        (lane, row)."""
+        half = LANES // 2
+        for _ in range(4):
+            rows = [v for i in range(half) for v in self.interleave(rows[i], rows[i + half])]
+        return rows
+
     def sum_lanes(self, value: Expr, dtype: str = "float32") -> Expr:
         """The sum of the lanes of a vector, as a tree: log2(LANES) additions deep."""
         lanes = LANES

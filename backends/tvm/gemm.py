@@ -1,8 +1,8 @@
 """gemm and the ops fused with it: norm before it, residual or GLU after it.
 
 Two kernels a call. `prepare` turns rows of x into what dot products want, normalised if asked: int8 with a step for
-each block of 32 (`fast`, quantised weights), else floats. `gemm` walks the tiles of the weight (formats.py); each thread
-has a run of tiles, and every load of weights serves up to ROWS rows of x.
+each block of 32 (`fast`, quantised weights), else floats. `gemm` walks the tiles of the weight (formats.py); each
+thread has a run of tiles, and every load of weights serves up to ROWS rows of x.
 """
 
 from __future__ import annotations
