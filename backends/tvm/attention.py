@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ...kernels.op import Numerics, Signature
@@ -28,13 +29,16 @@ TILE_ROWS = 96  # rows of a tile, if there are enough tokens
 LOWEST = -3.4028234663852886e38  # where maxima begin: finite, so that no difference of two is NaN
 
 
+Add = Callable[[Callable[[int], "Expr"], "Expr"], None]
+
+
 class Problem:
     """Arguments that both kernels take, in order, and where keys lie."""
 
-    def __init__(self, k: Emitter, kv: str, head_dim: int, page_size: int) -> None:
+    def __init__(self, k: Emitter, keys: str, values: str, head_dim: int, page_size: int) -> None:
         self.k, self.head_dim, self.page_size, self.chunks = k, head_dim, page_size, -(-head_dim // 16)
         self.q, self.q_stride = k.pointer("float32"), k.integer()
-        self.k_pages, self.v_pages = k.pointer(kv), k.pointer(kv)
+        self.k_pages, self.v_pages = k.pointer(keys), k.pointer(values)
         self._table, self._table_stride = k.pointer("int32"), k.integer()
         self.seq_ids, self.positions = k.pointer("int32"), k.pointer("int32")
         self.tokens, self.kv_heads, self.sequences, self.max_pages, self.pages = (k.integer() for _ in range(5))
@@ -62,9 +66,9 @@ class Problem:
         """1 if the pages of keys first .. stop - 1 exist, else 0. stop is within the table."""
         k = self.k
         found = k.local("int32", k.T.int32(1))
-        with k.loop(k.div(first, self.page_size), k.div(stop + (self.page_size - 1), self.page_size)) as i:
-            with k.when(k.T.Not(self.exists(table[i]))):
-                found.set(k.T.int32(0))
+        pages = [k.div(first, self.page_size), k.div(stop + (self.page_size - 1), self.page_size)]
+        with k.loop(*pages) as i, k.when(k.T.Not(self.exists(table[i]))):
+            found.set(k.T.int32(0))
         return found
 
     def element(self, page: Expr, g: Expr, slot: Expr) -> Expr:
@@ -130,18 +134,18 @@ def clear(k: Emitter, rows: Expr, first: Expr, largest: Memory, totals: Memory, 
 
 def add_values(
     k: Emitter, rows: int, sums: Memory, row: Expr, chunks: int,
-    each: Callable[[Callable[[Callable[[int], Expr], Expr], None]], None], weights: Memory, first_chunk: int,
-    count: int,
+    each: Callable[[Add], None], weights: Memory, first_chunk: int, count: int,
 ) -> None:  # fmt: skip
-    """Add weight times value to `count` chunks of the sums of `rows` rows, held in registers while `each` runs over
-    keys and calls what it is given with (chunk -> values, index of the key's weight in a row)."""
-    where = [[k.let(((row + r) * chunks + first_chunk + c) * 16) for c in range(count)] for r in range(rows)]
+    """Add weight times value to `count` chunks of the sums of `rows` rows. They are held in registers while `each` runs
+    over keys and calls what it is given with (chunk -> values, index of the key's weight in a row)."""
+    start = k.let(k.wide(row) * k.T.int64(16 * chunks))
+    where = [[start + k.T.int64(16 * (r * chunks + first_chunk + c)) for c in range(count)] for r in range(rows)]
     held = [[k.local("float32x16", sums.load(index)) for index in line] for line in where]
 
     def add(value: Callable[[int], Expr], j: Expr) -> None:
         values = [value(first_chunk + c) for c in range(count)]
         for r in range(rows):
-            weight = k.let(k.splat(weights[r * BLOCK + j]))
+            weight = k.let(k.splat(weights[k.wide(j) + k.T.int64(r * BLOCK)]))
             for c in range(count):
                 held[r][c].set(k.fma(values[c], weight, held[r][c].get()))
 
@@ -160,10 +164,12 @@ def chunk_groups(rows: int, chunks: int) -> list[tuple[int, int]]:
 # A few tokens
 
 
-def attention_split(k: Emitter, *, kv: str, head_dim: int, page_size: int, rows: int, capped: bool) -> None:
+def attention_split(
+    k: Emitter, *, k_dtype: str, v_dtype: str, head_dim: int, page_size: int, rows: int, capped: bool
+) -> None:
     """Sums over a share of the keys: an item is (token, kv head, `rows` of its R rows, split). Each split has its own
     largest score, totals and sums, by item and row."""
-    T, p = k.T, Problem(k, kv, head_dim, page_size)
+    T, p = k.T, Problem(k, k_dtype, v_dtype, head_dim, page_size)
     per_head, groups, splits = k.integer(), k.integer(), k.integer()
     largest, totals, sums, scratch = (k.pointer("float32") for _ in range(4))
     weights = scratch.at(k.worker * (rows * BLOCK))
@@ -223,7 +229,7 @@ def attention_split(k: Emitter, *, kv: str, head_dim: int, page_size: int, rows:
                     softmax_step(k, weights, r * BLOCK, T.int32(0), vectors, row + r, largest, totals, sums, chunks)
                 for first_chunk, chunk_count in chunk_groups(rows, chunks):
 
-                    def each(add: Callable[[Callable[[int], Expr], Expr], None], start: Expr = start,
+                    def each(add: Add, start: Expr = start,
                              vectors: Expr = vectors, low: Expr = low, stop: Expr = stop) -> None:  # fmt: skip
                         with k.loop(0, vectors) as v:
                             j0 = k.let(start + 16 * v)
@@ -299,9 +305,11 @@ def _store_row(k: Emitter, head_dim: int, row: Memory, chunk: int, value: Expr) 
 # Many tokens
 
 
-def attention_tiles(k: Emitter, *, kv: str, head_dim: int, page_size: int, per_head: int, capped: bool) -> None:
+def attention_tiles(
+    k: Emitter, *, k_dtype: str, v_dtype: str, head_dim: int, page_size: int, per_head: int, capped: bool
+) -> None:
     """y of a tile of tokens and a kv head: an item. A tile may span sequences; each run of one is done by itself."""
-    T, p = k.T, Problem(k, kv, head_dim, page_size)
+    T, p = k.T, Problem(k, k_dtype, v_dtype, head_dim, page_size)
     y, y_stride, tile_tokens, capacity = k.pointer("float32"), k.integer(), k.integer(), k.integer()
     lasts, scratch = k.pointer("int32"), k.pointer("float32")
     chunks = p.chunks
@@ -332,9 +340,8 @@ def attention_tiles(k: Emitter, *, kv: str, head_dim: int, page_size: int, per_h
                 before = k.let(p.seq_ids[T.max(begin - 1, 0)])
                 with k.when(T.Or(begin == tile, before != seq)):
                     end = k.local("int32", begin)
-                    with k.loop(begin, stop) as t:
-                        with k.when(T.And(end.get() == t, p.seq_ids[t] == seq)):
-                            end.set(t + 1)
+                    with k.loop(begin, stop) as t, k.when(T.And(end.get() == t, p.seq_ids[t] == seq)):
+                        end.set(t + 1)
                     run = _Run(p, g, seq, begin, end.get(), per_head)
                     _tile_run(
                         k, run, capped, lasts, rows_of_keys, keys, values, weights, queries, sums, totals, largest
@@ -397,7 +404,8 @@ def _tile_run(
         for c in range(chunks):
             queries.store(row * width + 16 * c, k.splat(0.0))
     clear(k, groups * ROWS, T.int32(0), largest, totals, sums, chunks)
-    with k.when(high.get() >= 0), k.loop(k.div(low.get(), BLOCK), k.div(high.get(), BLOCK) + 1) as block:
+    blocks = [k.div(low.get(), BLOCK), k.div(high.get(), BLOCK) + 1]
+    with k.when(high.get() >= 0), k.loop(*blocks) as block:
         start = k.let(block * BLOCK)
         _load_block(k, run, table, start, high.get(), rows_of_keys, keys, values)
         with k.loop(0, groups) as group:
@@ -412,20 +420,19 @@ def _tile_run(
                 begin, end = k.div(first.get(), 32), k.div(stop.get() + 31, 32)
                 with k.loop(begin, end) as half:
                     products = _products(k, queries, keys, row, k.let(32 * half), width)
-                    for r in range(ROWS):
+                    for r, i in product(range(ROWS), range(2)):
                         last = k.let(lasts[row + r])
-                        for i in range(2):
-                            s = p.scores(products[r][i], start + 32 * half + 16 * i, p.first_key(last),
-                                         last + 1, capped)  # fmt: skip
-                            weights.store(r * BLOCK + 32 * half + 16 * i, s)
+                        at = k.let(32 * half + 16 * i)
+                        s = p.scores(products[r][i], start + at, p.first_key(last), last + 1, capped)
+                        weights.store(r * BLOCK + at, s)
                 with k.loop(0, ROWS) as r:
                     softmax_step(k, weights, r * BLOCK, begin * 2, end * 2, row + r, largest, totals, sums, chunks)
                 for first_chunk, count in chunk_groups(ROWS, chunks):
 
-                    def each(add: Callable[[Callable[[int], Expr], Expr], None], first: Local = first,
-                             stop: Local = stop) -> None:  # fmt: skip
+                    def each(add: Add, first: Local = first, stop: Local = stop) -> None:
                         with k.loop(first.get(), stop.get()) as j:
-                            add(lambda c: values.load(j * width + 16 * c), j)
+                            channel = k.let(k.wide(j) * T.int64(width))
+                            add(lambda c: values.load(channel + T.int64(16 * c)), j)
 
                     add_values(k, ROWS, sums, row, chunks, each, weights, first_chunk, count)
 
@@ -466,11 +473,12 @@ def _products(k: Emitter, queries: Memory, keys: Memory, row: Expr, first: Expr,
     """Of ROWS queries with 32 keys from `first` on in a block."""
     held = [[k.local("float32x16", k.splat(0.0)) for _ in range(2)] for _ in range(ROWS)]
     with k.loop(0, width // 4) as step:
+        key = k.let(k.wide(step) * k.T.int64(4 * BLOCK) + k.wide(first))
+        query_row = k.let(k.wide(row) * k.T.int64(width) + k.wide(step) * k.T.int64(4))
         for i in range(4):
-            d = k.let(4 * step + i)
-            halves = [keys.load(d * BLOCK + first + 16 * h) for h in range(2)]
+            halves = [keys.load(key + k.T.int64(i * BLOCK + 16 * h)) for h in range(2)]
             for r in range(ROWS):
-                query = k.let(k.splat(queries[(row + r) * width + d]))
+                query = k.let(k.splat(queries[query_row + k.T.int64(r * width + i)]))
                 for h in range(2):
                     held[r][h].set(k.fma(halves[h], query, held[r][h].get()))
     return [[half.get() for half in line] for line in held]
@@ -480,11 +488,10 @@ def _products(k: Emitter, queries: Memory, keys: Memory, row: Expr, first: Expr,
 
 
 def _shape(signature: Signature) -> dict[str, Any]:
-    pages = signature.tensors["k_pages"]
-    if signature.tensors["v_pages"].dtype != pages.dtype:
-        raise AssertionError
-    kv = {"f16": "float16", "f32": "float32"}[pages.dtype]
-    return {"kv": kv, "head_dim": pages.shape[3], "page_size": pages.shape[2], "capped": signature.attrs["softcap"] > 0}
+    dtypes = {"f16": "float16", "f32": "float32"}
+    kinds = {f"{name[0]}_dtype": dtypes[signature.tensors[name].dtype] for name in ("k_pages", "v_pages")}
+    _, _, page_size, head_dim = signature.tensors["k_pages"].shape
+    return {**kinds, "head_dim": head_dim, "page_size": page_size, "capped": signature.attrs["softcap"] > 0}
 
 
 def _per_head(signature: Signature) -> int:
@@ -534,18 +541,11 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
         capacity = -(-tile * per_head // ROWS) * ROWS
         lasts = backend.scratch("attention rows", backend.threads * capacity * 4)
         scratch = backend.scratch("attention tiles", backend.threads * tile_floats(capacity, chunks) * 4)
-        return [
-            backend.launch(
-                specs[0],
-                *problem,
-                *place(tensors["y"]),
-                tile,
-                capacity,
-                lasts.address,
-                scratch.address,
-                held=(call, lasts, scratch),
-            )
-        ]
+        tiles = backend.launch(
+            specs[0], *problem, *place(tensors["y"]), tile, capacity, lasts.address, scratch.address,
+            held=(call, lasts, scratch),
+        )  # fmt: skip
+        return [tiles]
     rows = _split_rows(signature)
     groups, splits = -(-per_head // rows), backend.threads
     lines = tokens * kv_heads * groups * splits * rows
@@ -553,25 +553,14 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     totals = backend.scratch("attention totals", lines * 64)
     sums = backend.scratch("attention sums", lines * 64 * chunks)
     scratch = backend.scratch("attention weights", backend.threads * rows * BLOCK * 4)
-    partial = (largest, totals, sums)
-    held = (call, *partial, scratch)
-    return [
-        backend.launch(
-            specs[0], *problem, per_head, groups, splits, *(b.address for b in partial), scratch.address, held=held
-        ),
-        backend.launch(
-            specs[1],
-            *place(tensors["y"]),
-            address(tensors["seq_ids"]),
-            tokens,
-            kv_heads,
-            per_head,
-            groups,
-            splits,
-            *(b.address for b in partial),
-            held=held,
-        ),
-    ]
+    partial = [buffer.address for buffer in (largest, totals, sums)]
+    held = (call, largest, totals, sums, scratch)
+    split = backend.launch(specs[0], *problem, per_head, groups, splits, *partial, scratch.address, held=held)
+    merge = backend.launch(
+        specs[1], *place(tensors["y"]), address(tensors["seq_ids"]), tokens, kv_heads, per_head, groups, splits,
+        *partial, held=held,
+    )  # fmt: skip
+    return [split, merge]
 
 
 KERNELS = [OpKernel("attention", kernels, numerics, bind)]
