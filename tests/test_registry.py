@@ -89,6 +89,7 @@ def test_own_backends_are_listed_first_and_lazily(install: Install) -> None:
         ("opencl", "polykern"),
         ("opencl-tvm", "polykern"),
         ("reference", "polykern"),
+        ("tvm", "polykern"),
         ("a_first", "acme-npu"),
     ]
     assert entries[3].value == "polykern.backends.reference:provider"
@@ -110,14 +111,14 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("opncl", "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference"),
+        ("opncl", "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference, tvm"),
         (
             "referense",
-            "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, opencl-tvm, reference",
+            "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, opencl-tvm, reference, tvm",
         ),
-        ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, opencl-tvm, reference"),
-        ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, opencl-tvm, reference"),
-        ("", "unknown backend ''; known: auto, null, opencl, opencl-tvm, reference"),
+        ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, opencl-tvm, reference, tvm"),
+        ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, opencl-tvm, reference, tvm"),
+        ("", "unknown backend ''; known: auto, null, opencl, opencl-tvm, reference, tvm"),
     ],
 )
 def test_unknown_name(name: str, text: str) -> None:
@@ -245,7 +246,7 @@ def test_open_that_returns_a_backend_with_wrong_values(install: Install, line: s
 def test_auto_is_no_name_for_a_plugin(install: Install) -> None:
     install("acme-npu", "auto", GOOD.format(order=-1))
     assert probe("auto").reason == "the name 'auto' means the first backend that opens: register another"
-    assert open_backend("auto").name in ("opencl", "reference")
+    assert open_backend("auto").name in ("tvm", "opencl", "reference")
 
 
 def test_no_devices(install: Install) -> None:
@@ -294,7 +295,7 @@ def test_malformed_metadata_harms_nobody(install: Install) -> None:
 def test_allow_list(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("acme-a", "a", GOOD.format(order=None), site="a")
     install("acme-b", "b", GOOD.format(order=None), site="b")
-    own = ["null", "opencl", "opencl-tvm", "reference"]
+    own = ["null", "opencl", "opencl-tvm", "reference", "tvm"]
     monkeypatch.setenv("POLYKERN_BACKENDS", "")
     assert [e.name for e in list_backends()] == own
     with pytest.raises(UsageError, match=r"^backend 'a' is switched off by POLYKERN_BACKENDS='': add a to it$"):
