@@ -111,7 +111,10 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("opncl", "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference, tvm"),
+        (
+            "opncl",
+            "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference, tvm",
+        ),
         (
             "referense",
             "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, opencl-tvm, reference, tvm",
