@@ -41,6 +41,11 @@ ROWS = 6
 # change of nll per token falls from 0.06 to 0.002. Only where a dot product is one instruction.
 LOW_STEPS = 254
 
+# Bytes that a single row's product asks for ahead of time. The processors' own prefetching stops at a page of 4 KiB:
+# the weights of SmolLM2-135M came at 26 GB/s without, at 38, 45, 48, 46 and 42 with 2, 4, 8, 16 and 32 KiB (2 threads,
+# Sapphire Rapids).
+AHEAD = 8192
+
 
 def has_norm(signature: Signature) -> bool:
     return "weight" in signature.tensors
@@ -225,6 +230,9 @@ def _int8_rows(
         with k.loop(0, layout.blocks) if layout.blocks > 1 else _once() as number:
             b = s * layout.blocks + number if layout.blocks > 1 else s
             words = [k.let((t * blocks + b) * 8) for t in which]
+            if len(which) == 1:
+                for line in range(0, layout.block_bytes + layout.head_bytes // layout.blocks, 64):
+                    w.prefetch(base + (number * layout.block_bytes if layout.blocks > 1 else 0) + line + AHEAD)
             for half in range(2):
                 block = Block(k, fmt, w, heads, base, number if layout.blocks > 1 else T.int32(0), half)
                 vectors = block.vectors()
