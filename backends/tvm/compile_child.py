@@ -1,15 +1,21 @@
-"""The process that compiles: one JSON request a line on stdin, for each a JSON line and the object code on stdout."""
+"""The process that compiles: one JSON request a line on stdin, for each a JSON line and the object code on stdout.
+
+It ends when nobody asks for a while, since TVM keeps 250 MB.
+"""
 
 from __future__ import annotations
 
 import importlib
 import json
 import os
+import select
 import sys
 from collections.abc import Mapping
 from typing import Any
 
 from .target import BY_NAME, HostTarget
+
+IDLE_S = 10.0
 
 
 def build(request: Mapping[str, Any], target: HostTarget) -> bytes:
@@ -26,7 +32,10 @@ def main() -> None:
     # TVM and LLVM print what they like to stdout: answers go to a copy of it.
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    for line in sys.stdin.buffer:
+    while select.select([0], [], [], IDLE_S)[0]:
+        line = sys.stdin.buffer.readline()
+        if not line:
+            return
         request = json.loads(line)
         try:
             payload = build(request, BY_NAME[request["target"]])
