@@ -31,6 +31,7 @@ from .target import BY_NAME, HostTarget, host_flags, host_name, processors, usab
 LONGEST_AXIS = 2**31 - 64  # kernels count in int32, in steps of up to a tile
 ALIGNMENT = 64
 ARENA_BYTES = 32 << 20
+LARGE = 1 << 20  # buffers that share huge pages: caches are read in small scattered pieces
 
 
 def _kernels() -> dict[str, OpKernel]:
@@ -74,7 +75,8 @@ class TVMBackend:
         self._compiler.kernels(wanted, self._progress)
 
     def alloc(self, kind: TensorType) -> HostBuffer:
-        return self._buffer(math.prod(kind.shape) * np.dtype(NUMPY_DTYPES[kind.dtype]).itemsize, str(kind))
+        nbytes = math.prod(kind.shape) * np.dtype(NUMPY_DTYPES[kind.dtype]).itemsize
+        return HostBuffer(self._from_arena(nbytes, str(kind))) if nbytes >= LARGE else self._buffer(nbytes, str(kind))
 
     def write(self, buffer: HostBuffer, array: Array, offset: int = 0) -> None:
         check_transfer(buffer.nbytes // array.itemsize, array.dtype, array.size, array.dtype, offset)
@@ -88,7 +90,8 @@ class TVMBackend:
         return buffer.array[start : start + count * dtype.itemsize].view(dtype).reshape(kind.shape).copy()
 
     def pack(self, weight: Weight) -> HostBuffer:
-        packed = HostBuffer(self._from_arena(formats.packed_bytes(weight.format, *weight.shape), str(weight.shape)))
+        nbytes = formats.packed_bytes(weight.format, *weight.shape)
+        packed = HostBuffer(self._from_arena(nbytes, f"weight {weight.shape}"))
         formats.pack(weight, packed.array)
         return packed
 
@@ -177,14 +180,14 @@ class TVMBackend:
         return HostBuffer(raw[start : start + nbytes])
 
     def _from_arena(self, nbytes: int, what: str) -> Array:
-        """Memory for a packed weight, out of larger pieces that may have huge pages: a decode step reads all of it."""
+        """Memory that decode steps read all of, weights and caches: out of larger pieces that may have huge pages."""
         nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if self._arena.nbytes < nbytes:
             size = -(-max(nbytes, ARENA_BYTES) // (2 << 20)) * (2 << 20)
             try:
                 piece = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             except (OSError, ValueError) as error:
-                raise DeviceError(f"no memory for a weight {what}: {nbytes} bytes") from error
+                raise DeviceError(f"no memory for {what}: {nbytes} bytes") from error
             if hasattr(mmap, "MADV_HUGEPAGE"):
                 piece.madvise(mmap.MADV_HUGEPAGE)
             self._arena = np.frombuffer(piece, np.uint8)
