@@ -5,7 +5,8 @@ A file `<folder>/<key>.bin` is written to a temporary name and renamed:
     magic              8 bytes
     header length      4 bytes, little-endian
     header             JSON: `fields`, what the kernel was made from, and `sha256`, of the payload
-    payload            what the compiler gave
+    payload            what the compiler gave; empty where that cannot be loaded again: then the entry only says that
+                       this source compiles
 
 `<key>` is the SHA-256 of the fields. An entry that is damaged, cut short, of another format or of another kernel is
 removed and counts as absent. A folder that cannot be written, or that others could have written to, costs one warning
@@ -48,7 +49,6 @@ class KernelCache:
 
     def __init__(self, name: str, what: str) -> None:
         self.name, self.what = name, what
-        self._swept = False
 
     @property
     def path(self) -> Path:
@@ -69,8 +69,7 @@ class KernelCache:
             return None
         payload = _parse(content, fields)
         if payload is None:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            self.discard(fields)
         return payload
 
     def store(self, fields: Mapping[str, Any], payload: bytes) -> None:
@@ -78,12 +77,17 @@ class KernelCache:
         folder = self._folder()
         if folder is None:
             return
-        if not self._swept:
-            self._swept = True
-            _remove_unused(folder)
+        _remove_unused(folder)
         header = _canonical({"fields": fields, "sha256": hashlib.sha256(payload).hexdigest()})
         content = _MAGIC + struct.pack("<I", len(header)) + header + payload
         self._write(folder / f"{key_of(fields)}.bin", content)
+
+    def discard(self, fields: Mapping[str, Any]) -> None:
+        """Removes what is stored for `fields`, if anything is."""
+        folder = self._folder()
+        if folder is not None:
+            with suppress(OSError):
+                (folder / f"{key_of(fields)}.bin").unlink(missing_ok=True)
 
     def info(self) -> dict[str, Any]:
         """For `runtime doctor`: `path`, number of `entries`, `bytes` of them, and `problem` ("" if usable)."""

@@ -129,8 +129,9 @@ class Backend(Protocol):
     bind       a launch with all arguments set
     capture    the launches of one step as one replayable unit (graph, command buffer, launch list)
 
-    A backend may also have `peaks() -> Mapping[str, float]`, measured now: "read" in GB/s, "f32" and "int8" in Gop/s, a
-    multiply-add counting as two. `pytest bench` compares kernels with it.
+    A backend may also have `peaks() -> Mapping[str, float]`, measured now: "read" in GB/s, and in Gop/s, a multiply-add
+    counting as two, what each kind of `Numerics.activations` is multiplied at: "f32", "int8", "bf16". `pytest bench`
+    compares kernels with it.
     """
 
     name: str

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from polykern.backends import cache as kernel_cache
 from polykern.backends.opencl import cache, compiler, device, environment, program, runtimes
 from polykern.kernels.errors import BackendUnavailable, DeviceError
 
@@ -41,7 +42,7 @@ def _devices(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def cache_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_warned", set())
+    monkeypatch.setattr(kernel_cache, "_warned", set())
     return tmp_path / "cache" / "opencl"
 
 
@@ -483,16 +484,16 @@ def test_a_foreign_entry_is_not_used(opened, cache_folder):
 
 def test_a_binary_that_the_driver_refuses_is_built_again(opened, cache_folder):
     fields = program._fields(opened.info, SCALE, OPTIONS)
-    cache.store(fields, b"not a binary of any device")
+    cache.PROGRAMS.store(fields, b"not a binary of any device")
     run_scale(opened, program.build(opened, "scale.cl", SCALE, OPTIONS), 3)
-    assert cache.load(fields) != b"not a binary of any device"
+    assert cache.PROGRAMS.load(fields) != b"not a binary of any device"
 
 
 def test_a_device_that_cannot_load_its_binaries(any_opened, monkeypatch):
     """With a mock in place of the driver's clCreateProgramWithBinary."""
     monkeypatch.setattr(program, "_from_binary", lambda *arguments: None)
     run_scale(any_opened, program.build(any_opened, "scale.cl", SCALE, OPTIONS), 3)
-    assert cache.load(program._fields(any_opened.info, SCALE, OPTIONS)) == b""
+    assert cache.PROGRAMS.load(program._fields(any_opened.info, SCALE, OPTIONS)) == b""
     forbid_child(monkeypatch)
     run_scale(any_opened, program.build(any_opened, "scale.cl", SCALE, OPTIONS), 3)
 
@@ -507,7 +508,7 @@ def test_without_a_writable_cache(any_opened, tmp_path, monkeypatch, folder):
         def mock_full_disk(**arguments):
             raise OSError(28, "No space left on device")
 
-        monkeypatch.setattr(cache.tempfile, "mkstemp", mock_full_disk)
+        monkeypatch.setattr(kernel_cache.tempfile, "mkstemp", mock_full_disk)
     with pytest.warns(RuntimeWarning, match="OpenCL programs are not cached") as caught:
         built = any_opened.build_many({"3.cl": (SCALE, OPTIONS), "5.cl": (SCALE, ["-DFACTOR=5.0f"])})
     assert len(caught) == 1
@@ -614,15 +615,15 @@ def test_two_processes_share_a_cache(any_opened, cache_folder):
 
 @pytest.mark.parametrize("payload", [b"", b"x", bytes(range(256)) * 5])
 def test_cache_round_trip(payload):
-    assert cache.load(FIELDS) is None
-    cache.store(FIELDS, payload)
-    assert cache.load(FIELDS) == payload
-    assert cache.load(FIELDS | {"device": "another"}) is None
+    assert cache.PROGRAMS.load(FIELDS) is None
+    cache.PROGRAMS.store(FIELDS, payload)
+    assert cache.PROGRAMS.load(FIELDS) == payload
+    assert cache.PROGRAMS.load(FIELDS | {"device": "another"}) is None
 
 
 def test_every_damage_to_an_entry_is_noticed(cache_folder):
     payload = b"binary"
-    cache.store(FIELDS, payload)
+    cache.PROGRAMS.store(FIELDS, payload)
     (path,) = (cache_folder / "programs").glob("*.bin")
     whole = path.read_bytes()
     rng = np.random.default_rng(0)
@@ -631,40 +632,40 @@ def test_every_damage_to_an_entry_is_noticed(cache_folder):
         damaged.append(whole[:i] + bytes([whole[i] ^ int(rng.integers(1, 256))]) + whole[i + 1 :])
     for content in damaged:
         path.write_bytes(content)
-        assert cache.load(FIELDS) is None
+        assert cache.PROGRAMS.load(FIELDS) is None
         assert not path.exists()
     path.write_bytes(whole)
-    assert cache.load(FIELDS) == payload
+    assert cache.PROGRAMS.load(FIELDS) == payload
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o720])
 def test_a_folder_that_others_can_write_to_is_not_trusted(cache_folder, mode):
-    cache.store(FIELDS, b"binary")
+    cache.PROGRAMS.store(FIELDS, b"binary")
     (cache_folder / "programs").chmod(mode)
     with pytest.warns(RuntimeWarning, match="others may write to .* chmod 700"):
-        assert cache.load(FIELDS) is None
+        assert cache.PROGRAMS.load(FIELDS) is None
     assert "others may write" in cache.cache_info()["problem"]
 
 
 def test_entries_that_nobody_reads_are_removed(cache_folder):
-    cache.store(FIELDS, b"old")
+    cache.PROGRAMS.store(FIELDS, b"old")
     (old,) = (cache_folder / "programs").glob("*.bin")
-    age = cache._UNUSED_S
+    age = kernel_cache._UNUSED_S
     os.utime(old, (time.time() - age + 600, time.time() - 2 * age))  # last read, last written
-    cache.store(FIELDS | {"device": "another"}, b"new")
-    assert cache.load(FIELDS) == b"old"
+    cache.PROGRAMS.store(FIELDS | {"device": "another"}, b"new")
+    assert cache.PROGRAMS.load(FIELDS) == b"old"
     os.utime(old, (time.time() - age - 600, time.time() - 2 * age))
-    cache.store(FIELDS | {"device": "another"}, b"new")
+    cache.PROGRAMS.store(FIELDS | {"device": "another"}, b"new")
     assert not old.exists()
-    assert cache.load(FIELDS | {"device": "another"}) == b"new"
+    assert cache.PROGRAMS.load(FIELDS | {"device": "another"}) == b"new"
 
 
 def test_cache_info_and_clear(cache_folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert cache.cache_info() == {"path": str(cache_folder), "entries": 0, "bytes": 0, "problem": ""}
-        cache.store(FIELDS, b"binary")
-        cache.store(FIELDS | {"device": "another"}, b"binary")
+        cache.PROGRAMS.store(FIELDS, b"binary")
+        cache.PROGRAMS.store(FIELDS | {"device": "another"}, b"binary")
         assert cache.save_log("odd name/../x.cl", FIELDS, "text").parent == cache_folder / "logs"
         info = cache.cache_info()
         assert (info["entries"], info["bytes"] > 100) == (2, True)

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import platformdirs
 
+from .. import cache
+
+FOLDER = "opencl"  # of what all backends keep
+
 # How a CPU runtime is told its number of threads. Sub-devices (clCreateSubDevices, BY_COUNTS, 1 of 2 units) are
 # accepted by both and limit neither: the kernel still used 1.99 (Intel 2026.2) and 1.93 (PoCL 3.1) cores, against
 # 1.00 with these variables. They are read when the runtime starts.
@@ -26,9 +30,8 @@ POCL_BYTES = 32 << 20
 
 
 def cache_root() -> Path:
-    """The folder of everything the OpenCL backend keeps: `$POLYKERN_CACHE_DIR/opencl`, or the user's cache folder."""
-    base = os.environ.get("POLYKERN_CACHE_DIR") or platformdirs.user_cache_dir("polykern")
-    return Path(base).expanduser().absolute() / "opencl"
+    """The folder of everything the OpenCL backend keeps."""
+    return cache.cache_root() / FOLDER
 
 
 def limit_threads(threads: int) -> None:

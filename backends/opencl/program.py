@@ -53,13 +53,13 @@ def build_many(opened: OpenedDevice, programs: Sources, *, progress: Progress | 
             progress(label, len(ready), len(programs))
 
     for label, (source, options) in programs.items():
-        binary = disk.load(fields[label])
+        binary = disk.PROGRAMS.load(fields[label])
         if binary == b"":
             finish(label, _from_checked_source(opened, label, source, options))
         elif binary is not None:
             program = _from_binary(opened, label, binary, options)
             if program is None:  # whole, yet refused: a driver that changed under an unchanged version
-                disk.discard(fields[label])
+                disk.PROGRAMS.discard(fields[label])
             else:
                 finish(label, program)
 
@@ -68,7 +68,7 @@ def build_many(opened: OpenedDevice, programs: Sources, *, progress: Progress | 
         for label, binary in compiled:
             source, options = programs[label]
             program = _from_binary(opened, label, binary, options) if binary else None
-            disk.store(fields[label], b"" if program is None else binary)
+            disk.PROGRAMS.store(fields[label], b"" if program is None else binary)
             finish(label, program or _from_checked_source(opened, label, source, options))
     return {label: ready[label] for label in programs}
 

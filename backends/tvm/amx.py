@@ -51,14 +51,14 @@ def configure(k: Emitter) -> None:
     words = {0: 1, **dict.fromkeys(range(4, 8), 0x00400040), 12: 0x10101010, 13: 0x10101010}
     for i in range(16):
         T.buffer_store(config, T.int32(words.get(i, 0)), [i])
-    _call(k, "ldtilecfg", T.address_of(config[0]))
+    call(k, "ldtilecfg", T.address_of(config[0]))
 
 
 def release(k: Emitter) -> None:
-    _call(k, "tilerelease")
+    call(k, "tilerelease")
 
 
-def _call(k: Emitter, name: str, *arguments: Expr) -> None:
+def call(k: Emitter, name: str, *arguments: Expr) -> None:
     k.T.evaluate(k.T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
 
 
@@ -107,20 +107,20 @@ def multiply(k: Emitter, x: Memory, first: Expr, columns: Expr, panel: Memory, s
     """sums [32, 32] = 32 rows of x from row `first` on (uint16, see `place_of`) times a panel."""
     T = k.T
     for tile in range(4):
-        _call(k, "tilezero", T.int8(tile))
+        call(k, "tilezero", T.int8(tile))
     rows = [x.at(k.wide(k.div(first, 16) + i) * k.wide(columns * 16)) for i in range(2)]
     line = T.int64(64)
     with k.loop(0, k.div(columns, BLOCK)) as b:
         for half in range(2):
-            _call(k, "tileloadd64", T.int8(6 + half), T.address_of(panel[(2 * b + half) * 256]), line)
+            call(k, "tileloadd64", T.int8(6 + half), T.address_of(panel[(2 * b + half) * 256]), line)
         for i, row in enumerate(rows):
-            _call(k, "tileloadd64", T.int8(4 + i), T.address_of(row[b * 512]), line)
+            call(k, "tileloadd64", T.int8(4 + i), T.address_of(row[b * 512]), line)
             for half in range(2):
-                _call(k, "tdpbf16ps", T.int8(2 * i + half), T.int8(4 + i), T.int8(6 + half))
+                call(k, "tdpbf16ps", T.int8(2 * i + half), T.int8(4 + i), T.int8(6 + half))
     for i in range(2):
         for half in range(2):
             where = T.address_of(sums[16 * i * TILE_ROWS + 16 * half])
-            _call(k, "tilestored64", T.int8(2 * i + half), where, T.int64(4 * TILE_ROWS))
+            call(k, "tilestored64", T.int8(2 * i + half), where, T.int64(4 * TILE_ROWS))
 
 
 def takes(fmt: str, columns: int, rows: int) -> bool:

@@ -26,7 +26,7 @@ class Row:
     """One case on one device. Times are seconds per call; `times` has one entry per round of `calls` calls.
 
     status    "timed"; "unsupported": refused, with the reason; "failed": wrong or broken, so not timed
-    unit      what its sums are made of: "f32", or "int8" where the kernel rounds activations
+    unit      what its sums are made of: "f32", or "int8" or "bf16" where the kernel rounds activations to it
     bound     what the roofline says holds the call back: "read" (memory), or the unit of its arithmetic
     fraction  roofline time / median time; None where the device's limits are unknown. The limits are those measured
               right before and behind the case: `read_gb_per_s`, `peak_gop_per_s`; `measured` says which

@@ -18,7 +18,7 @@ SIDE = 1024  # of the square float32 matrices whose product is timed: 12 MB, 2.1
 
 @dataclass
 class Roofline:
-    """`read`: GB/s; `peaks`: Gop/s by unit ("f32", "int8"). Medians of what was measured between the cases.
+    """`read`: GB/s; `peaks`: Gop/s by unit ("f32", "int8", "bf16"). Medians of what was measured between the cases.
 
     A multiply-add counts as two operations.
     """
@@ -29,7 +29,7 @@ class Roofline:
     def least_seconds(self, cost: Cost, unit: str) -> tuple[float, str]:
         """(the least a call can take, what holds it back: "read" or the unit of its arithmetic).
 
-        Where nobody says how fast the device's int8 is, f32 stands for it: a kernel may then be above the roofline.
+        Where nobody says how fast a unit is, f32 stands for it: a kernel may then be above the roofline.
         """
         unit = unit if unit in self.peaks else "f32"
         limits = {"read": cost.nbytes / self.read / 1e9, unit: cost.flops / self.peaks[unit] / 1e9}
