@@ -117,7 +117,8 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
         ),
         (
             "referense",
-            "unknown backend 'referense'; did you mean 'reference'? known: auto, null, opencl, opencl-tvm, reference, tvm",
+            "unknown backend 'referense'; did you mean 'reference'?"
+            " known: auto, null, opencl, opencl-tvm, reference, tvm",
         ),
         ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, opencl-tvm, reference, tvm"),
         ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, opencl-tvm, reference, tvm"),

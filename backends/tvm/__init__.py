@@ -252,8 +252,14 @@ class TVMProvider:
                 return level
         if device.lower() in f"llvm {levels[0].name} / {host_name()}".lower():
             return levels[0]
+        kind = device.split()[0].lower()
+        if kind in ("cuda", "rocm", "metal", "webgpu", "opencl", "vulkan", "c"):
+            raise BackendUnavailable(
+                f"no device {device!r}: this backend runs on the CPU; `runtime compile --target {kind}` generates"
+                " kernels for others, --backend opencl-tvm runs those of OpenCL"
+            )
         known = ", ".join(level.name for level in levels)
-        raise BackendUnavailable(f"no device {device!r}: this CPU is `llvm`, or one of {known}")
+        raise BackendUnavailable(f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}")
 
 
 provider = TVMProvider()
