@@ -70,6 +70,7 @@ def test_every_level_that_this_cpu_has_is_right(level: str) -> None:
         ("cuda", "no device 'cuda': this backend runs on the CPU; `runtime compile --target cuda` generates kernels"),
         ("llvm -mcpu=z80", "no device 'llvm -mcpu=z80': this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of "),
         ("7", "no device '7': this CPU is `llvm`"),
+        ("c", "no device 'c': this backend runs on the CPU"),
     ],
 )
 def test_a_device_that_is_not_there(device: str, text: str) -> None:

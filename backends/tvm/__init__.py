@@ -250,14 +250,14 @@ class TVMProvider:
                     what = f"lacks {', '.join(missing)}" if missing else f"is no {level.machine}"
                     raise BackendUnavailable(f"{device}: this CPU, {host_name()}, {what}; try {levels[0].name}")
                 return level
-        if device.lower() in f"llvm {levels[0].name} / {host_name()}".lower():
-            return levels[0]
-        kind = device.split()[0].lower()
+        kind = device.strip().lower().partition(" ")[0]
         if kind in ("cuda", "rocm", "metal", "webgpu", "opencl", "vulkan", "c"):
             raise BackendUnavailable(
                 f"no device {device!r}: this backend runs on the CPU; `runtime compile --target {kind}` generates"
                 " kernels for others, --backend opencl-tvm runs those of OpenCL"
             )
+        if kind and device.strip().lower() in f"llvm {levels[0].name} / {host_name()}".lower():
+            return levels[0]
         known = ", ".join(level.name for level in levels)
         raise BackendUnavailable(f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}")
 

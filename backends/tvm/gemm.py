@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from .emit import Emitter, Expr, Memory
 
 # Rows of x per load of weights: 6 rows x 2 halves are 12 sums of integers and 12 of floats in AVX-512's 32 registers.
-ROWS = 6
+# Where 16 lanes take two registers or four there is room for 2; with 6, LLVM 22 needed 23 GB for NEON's sdot.
+ROWS, ROWS_OF_SHORT_VECTORS = 6, 2
 
 # A single row is rounded a second time, in steps this much finer: its product waits for memory (a core does 69 GB/s of
 # 4-bit dot products out of its L2 and gets 15 of them from memory), so the second dot product is free, and the
@@ -431,6 +432,10 @@ def _bf16_specs(signature: Signature) -> tuple[KernelSpec, KernelSpec]:
     return product, spec(prepare_bf16, normed=has_norm(signature))
 
 
+def rows_of(backend: TVMBackend) -> int:
+    return ROWS if backend.target.dot == VNNI512 else ROWS_OF_SHORT_VECTORS
+
+
 def is_fine(backend: TVMBackend, signature: Signature) -> bool:
     return signature.tensors["x"].shape[0] == 1 and backend.target.dot in (VNNI512, VNNI256)
 
@@ -448,10 +453,9 @@ def _prepare_spec(backend: TVMBackend, signature: Signature, int8: bool, fmt: Qu
 
 
 def _gemm_spec(backend: TVMBackend, signature: Signature, fmt: QuantFormat, kind: str, tokens: int) -> KernelSpec:
-    int8 = is_int8(signature, fmt)
+    int8, rows = is_int8(signature, fmt), 1 if tokens == 1 else rows_of(backend)
     return spec(
-        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(backend, signature), rows=1 if tokens == 1 else ROWS,
-        kind=kind,
+        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(backend, signature), rows=rows, kind=kind,
         add=signature.op == "gemm_add", bias="bias" in signature.tensors,
     )  # fmt: skip
 
