@@ -229,8 +229,6 @@ class TVMProvider:
 
     @staticmethod
     def _device(target: HostTarget) -> DeviceInfo:
-        from ...kernels.spi import DeviceInfo
-
         return DeviceInfo(
             f"llvm {target.name} / {host_name()}", "Apache TVM", metadata.version("apache-tvm"), 0,
             {"mcpu": target.mcpu, "dot": target.dot},

@@ -27,7 +27,7 @@ from .target import HostTarget, processors
 
 CACHE = KernelCache("tvm", "TVM kernels")
 FORMAT = 1
-TIMEOUT_S = 120.0  # for one kernel; the slowest takes 2 s
+TIMEOUT_S = 120.0  # for one kernel; attention in tiles, the slowest, takes 3 s
 
 
 @cache

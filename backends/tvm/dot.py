@@ -21,11 +21,6 @@ def is_signed(k: Emitter, bits: int) -> bool:
     return bits == 8 and k.target.dot not in (VNNI512, VNNI256)
 
 
-def activation_word(k: Emitter, word: Expr) -> Expr:
-    """An int32 with four activations, in every lane."""
-    return k.splat(word)
-
-
 def dot(k: Emitter, total: Expr, weights: Expr, word: Expr, bits: int) -> Expr:
     """total + the products of `weights` (int8x64) with the four activations in each lane of `word` (int32x16)."""
     if k.target.dot == VNNI512:

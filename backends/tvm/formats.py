@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...kernels.quant import FORMATS, Array, QuantFormat, Weight
+from ...kernels.quant import Array, QuantFormat, Weight
 from .emit import LANES, Emitter, Expr, Memory
 
 TILE_ROWS = 2 * LANES
@@ -248,7 +248,6 @@ class Block:
             source, place = (extra[0], j) if bits == 5 else (extra[j // 4], 2 * (j % 4))
             moved = self._shifted(source, place - 4)
             found[j] = k.let(T.bitwise_or(found[j], T.bitwise_and(moved, k.splat(T.int8(mask), 64))))
-
         return found
 
     def _shifted(self, word: Expr, right: int) -> Expr:
@@ -340,8 +339,3 @@ def memory_dtype(fmt: str) -> str:
 
 def layout_of(fmt: str) -> Layout:
     return LAYOUTS[fmt]
-
-
-def check_covers() -> None:
-    """Every format of the contract has a layout."""
-    assert LAYOUTS.keys() | FLOAT_BYTES.keys() == FORMATS.keys()

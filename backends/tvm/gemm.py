@@ -27,7 +27,7 @@ from .formats import (
 )
 from .launch import FUNCTION_ULP, KernelSpec, Launch, OpKernel, address, place, spec
 from .pointwise import activate
-from .target import VNNI256, VNNI512
+from .target import VNNI512
 
 if TYPE_CHECKING:
     from . import TVMBackend
@@ -37,14 +37,13 @@ if TYPE_CHECKING:
 # Where 16 lanes take two registers or four there is room for 2; with 6, LLVM 22 needed 23 GB for NEON's sdot.
 ROWS, ROWS_OF_SHORT_VECTORS = 6, 2
 
-# A single row is rounded a second time, in steps this much finer: its product waits for memory (a core does 69 GB/s of
-# 4-bit dot products out of its L2 and gets 15 of them from memory), so the second dot product is free, and the
-# change of nll per token falls from 0.06 to 0.002. Only where a dot product is one instruction.
+# A single row is rounded a second time, in steps this much finer. Its product mostly waits for memory, so the second dot
+# product costs 5% of a decode step's products (bench/results/products-tvm.json), and mean |change of nll| per token on
+# the golden text falls from 0.068 (rounded once, by steps) to 0.0012; llama.cpp's is 0.067.
 LOW_STEPS = 254
 
-# Bytes that a single row's product asks for ahead of time. The processors' own prefetching stops at a page of 4 KiB:
-# the weights of SmolLM2-135M came at 26 GB/s without, at 38, 45, 48, 46 and 42 with 2, 4, 8, 16 and 32 KiB (2 threads,
-# Sapphire Rapids).
+# Bytes that a single row's product asks for ahead of time. The processors' own prefetching stops at a page of 4 KiB: all
+# products of a decode step of SmolLM2-135M take 1.91 ms, without 2.94 (2 threads, bench/results/products-tvm.json).
 AHEAD = 8192
 
 
@@ -436,11 +435,11 @@ def rows_of(backend: TVMBackend) -> int:
     return ROWS if backend.target.dot == VNNI512 else ROWS_OF_SHORT_VECTORS
 
 
-def is_fine(backend: TVMBackend, signature: Signature) -> bool:
-    return signature.tensors["x"].shape[0] == 1 and backend.target.dot in (VNNI512, VNNI256)
+def is_fine(signature: Signature) -> bool:
+    return signature.tensors["x"].shape[0] == 1
 
 
-def _prepare_spec(backend: TVMBackend, signature: Signature, int8: bool, fmt: QuantFormat) -> KernelSpec:
+def _prepare_spec(signature: Signature, int8: bool, fmt: QuantFormat) -> KernelSpec:
     if not int8:
         summed = not fmt.is_float and layout_of(fmt.name).has_min
         return spec(prepare, normed=has_norm(signature), group=0, offset=0, summed=summed, fine=False)
@@ -448,14 +447,14 @@ def _prepare_spec(backend: TVMBackend, signature: Signature, int8: bool, fmt: Qu
     offset = -1 if layout.has_min else layout.offset
     return spec(
         prepare, normed=has_norm(signature), group=layout.group, offset=offset, summed=False,
-        fine=is_fine(backend, signature),
+        fine=is_fine(signature),
     )  # fmt: skip
 
 
 def _gemm_spec(backend: TVMBackend, signature: Signature, fmt: QuantFormat, kind: str, tokens: int) -> KernelSpec:
     int8, rows = is_int8(signature, fmt), 1 if tokens == 1 else rows_of(backend)
     return spec(
-        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(backend, signature), rows=rows, kind=kind,
+        gemm, fmt=fmt.name, int8=int8, fine=int8 and is_fine(signature), rows=rows, kind=kind,
         add=signature.op == "gemm_add", bias="bias" in signature.tensors,
     )  # fmt: skip
 
@@ -482,7 +481,7 @@ def kernels(backend: TVMBackend, signature: Signature) -> Sequence[KernelSpec]:
     kind, tokens = signature.attrs.get("kind", ""), signature.tensors["x"].shape[0]
     return [
         _gemm_spec(backend, signature, fmt, kind, tokens),
-        _prepare_spec(backend, signature, is_int8(signature, fmt), fmt),
+        _prepare_spec(signature, is_int8(signature, fmt), fmt),
     ]
 
 
@@ -494,7 +493,7 @@ def numerics(backend: TVMBackend, signature: Signature) -> Numerics:
     norm = k // 64 + 64 + 8 if has_norm(signature) else 0
     if is_bf16(backend, signature):
         return Numerics("f32", max(norm, k + 2), "bf16", FUNCTION_ULP)
-    levels = LEVELS * LOW_STEPS if is_fine(backend, signature) else LEVELS
+    levels = LEVELS * LOW_STEPS if is_fine(signature) else LEVELS
     if is_int8(signature, fmt):  # sums of a group are exact integers; two additions per group
         return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", FUNCTION_ULP, levels)
     chain = k + 2 if fmt.is_float else fmt.group_length + 2 * k // fmt.group_length + 8
@@ -510,6 +509,8 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     fmt, n, columns = weight_of(signature)
     int8, kind = is_int8(signature, fmt), call.attrs.get("kind", "")
     x, y = call.tensors["x"], call.tensors["y"]
+    if is_bf16(backend, signature):
+        return _bind_bf16(backend, call)
     tokens = x.shape[0]
     values = backend.scratch("values", tokens * columns * (1 if int8 else 4))
     steps = backend.scratch("steps", tokens * (columns // BLOCK) * 4)
@@ -519,11 +520,9 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     rounded = (values.address, steps.address, sums.address, lows.address, low_sums.address)
     held = (call, values, steps, sums, lows, low_sums)
     norm = call.tensors.get("weight")
-    if is_bf16(backend, signature):
-        return _bind_bf16(backend, call)
     parts = 1 if tokens >= backend.threads else backend.threads
     first = backend.launch(
-        _prepare_spec(backend, signature, int8, fmt), *place(x), address(norm) if norm else 0,
+        _prepare_spec(signature, int8, fmt), *place(x), address(norm) if norm else 0,
         float(call.attrs.get("eps", 0.0)), float(call.attrs.get("weight_offset", 0.0)), *rounded, tokens,
         columns, parts, held=held,
     )  # fmt: skip

@@ -20,7 +20,6 @@ from ...kernels.spi import BoundCall, DeviceTensor
 
 if TYPE_CHECKING:
     from . import TVMBackend
-    from .emit import Emitter
 
 # emit.py's exp is within 2 ulp, 1 / sqrt within 1.5; the C library's tanhf and erff stay below 2 (glibc manual,
 # "Known Maximum Errors in Math Functions").
@@ -47,9 +46,6 @@ class KernelSpec:
     @property
     def identity(self) -> str:
         return f"{self.emit.__module__.rsplit('.', 1)[1]}.{self.emit.__name__}{self.options!r}"
-
-    def write(self, k: Emitter) -> None:
-        self.emit(k, **dict(self.options))
 
 
 def spec(emit: Callable[..., None], **options: Any) -> KernelSpec:

@@ -17,7 +17,6 @@ from pathlib import Path
 # plain vector code.
 VNNI512, VNNI256, MADDUBS, SDOT, PLAIN = "avx512vnni", "avxvnni", "avx2", "neon-dot", "plain"
 
-
 # To use AMX tiles a process asks Linux (Documentation/arch/x86/xstate.rst).
 _ARCH_REQ_XCOMP_PERM, _XFEATURE_XTILEDATA = 0x1023, 18
 _SYS_ARCH_PRCTL = 158
