@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 # Where 16 lanes take two registers or four there is room for 2; with 6, LLVM 22 needed 23 GB for NEON's sdot.
 ROWS, ROWS_OF_SHORT_VECTORS = 6, 2
 
-# A single row is rounded a second time, in steps this much finer. Its product mostly waits for memory, so the second dot
-# product costs 5% of a decode step's products (bench/results/products-tvm.json), and mean |change of nll| per token on
-# the golden text falls from 0.068 (rounded once, by steps) to 0.0012; llama.cpp's is 0.067.
+# A single row is rounded a second time, in steps this much finer. Its product mostly waits for memory, so the second
+# dot product costs 5% of a decode step's products (bench/results/products-tvm.json), and mean |change of nll| per token
+# on the golden text falls from 0.068 (rounded once, by steps) to 0.0012; llama.cpp's is 0.067.
 LOW_STEPS = 254
 
-# Bytes that a single row's product asks for ahead of time. The processors' own prefetching stops at a page of 4 KiB: all
-# products of a decode step of SmolLM2-135M take 1.91 ms, without 2.94 (2 threads, bench/results/products-tvm.json).
+# Bytes that a single row's product asks for ahead of time. The processors' own prefetching stops at a page of 4 KiB:
+# all products of a decode step of SmolLM2-135M take 1.91 ms, without 2.94 (2 threads, bench/results/products-tvm.json).
 AHEAD = 8192
 
 
