@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from ..kernels.errors import ContractError
-from ..kernels.op import Op, Signature
+from ..kernels.host import dense_stride, span
+from ..kernels.op import NUMPY_DTYPES, Op, Signature
 from ..kernels.ops import OPS
+from ..kernels.quant import FORMATS
 from ..kernels.spi import BoundCall, Unsupported
 
 
@@ -40,3 +45,34 @@ def check_transfer(size: int, dtype: Any, count: int, other: Any, offset: int) -
         raise ContractError(f"{other} cannot be written to or read from a buffer of {dtype}")
     if offset < 0 or offset + count > size:
         raise ContractError(f"{count} elements at {offset} do not fit a buffer of {size}")
+
+
+def check_axes(op: Op, signature: Signature, longest: int) -> Unsupported | None:
+    """A refusal for a tensor with an axis longer than what kernels that count in 32 bits can count."""
+    for name, kind in signature.tensors.items():
+        for axis, length in zip(op.param(name).axes, kind.shape, strict=True):
+            if length > longest:
+                return Unsupported(signature.op, f"{axis} {length} > {longest}: kernels count in 32 bits")
+    return None
+
+
+def check_memory(
+    call: BoundCall, size_of: Callable[[Any], int], packed_bytes: Callable[[str, tuple[int, ...]], int]
+) -> None:
+    """A ContractError unless every tensor lies in its buffer: a kernel that leaves it takes the process along.
+
+    `size_of` gives the bytes of a buffer, `packed_bytes` those of a packed weight by its format and shape.
+    """
+    for name, tensor in call.tensors.items():
+        size = size_of(tensor.buffer)
+        if tensor.dtype in FORMATS:
+            fits = size >= packed_bytes(tensor.dtype, tensor.shape)
+        else:
+            end = tensor.offset + span(tensor.shape, tensor.row_stride)
+            overlaps = tensor.row_stride < dense_stride(tensor.shape)
+            fits = tensor.offset >= 0 and not overlaps and end * np.dtype(NUMPY_DTYPES[tensor.dtype]).itemsize <= size
+        if not fits:
+            where = f"at {tensor.offset}, row stride {tensor.row_stride}"
+            raise ContractError(
+                f"{call.label or call.op}: {name} {tensor.type} {where}, does not fit a buffer of {size} bytes"
+            )

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ...kernels.errors import BackendUnavailable, ContractError, DeviceError
-from ...kernels.host import dense_stride, span
+from ...kernels.errors import BackendUnavailable, DeviceError
 from ...kernels.op import NUMPY_DTYPES, Signature, TensorType
 from ...kernels.quant import FORMATS, Array, Weight
 from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
-from ..checks import check_call, check_signature, check_transfer
+from ..checks import check_axes, check_call, check_memory, check_signature, check_transfer
 from ..replay import launch_list
 from . import environment
 from .formats import TILE_ROWS, pack, packed_bytes, tiles_of
@@ -89,10 +88,9 @@ class OpenCLBackend:
         kernel = self._kernels.get(signature.op)
         if kernel is None:
             return Unsupported(signature.op, f"no OpenCL kernel for {signature.op} yet")
-        for name, kind in signature.tensors.items():
-            for axis, length in zip(found.param(name).axes, kind.shape, strict=True):
-                if length > LONGEST_AXIS:
-                    return Unsupported(signature.op, f"{axis} {length} > {LONGEST_AXIS}: kernels count in 32 bits")
+        too_long = check_axes(found, signature, LONGEST_AXIS)
+        if too_long:
+            return too_long
         return Kernel(f"{self.name}.{kernel.programs(signature)[0].label}", kernel.numerics(signature))
 
     def prepare(self, signatures: Sequence[Signature]) -> None:
@@ -144,28 +142,10 @@ class OpenCLBackend:
         op = check_call(call)
         call = BoundCall(call.op, call.tensors, op.with_defaults(call.attrs), call.label)
         kernel = self._kernels[call.op]
-        self._check_memory(call)
+        check_memory(call, lambda buffer: buffer.size, self.packed_bytes)
         self.prepare([call.signature])
         with self._errors(f"binding {call.label or call.op}"):
             return Launches(tuple(kernel.bind(self, call)))
-
-    def _check_memory(self, call: BoundCall) -> None:
-        """A ContractError unless every tensor lies in its buffer: a kernel that leaves it takes the process along."""
-        for name, tensor in call.tensors.items():
-            size = tensor.buffer.size
-            if tensor.dtype in FORMATS:
-                fits = size >= self.packed_bytes(tensor.dtype, tensor.shape)
-            else:
-                end = tensor.offset + span(tensor.shape, tensor.row_stride)
-                overlaps = tensor.row_stride < dense_stride(tensor.shape)
-                fits = (
-                    tensor.offset >= 0 and not overlaps and end * np.dtype(NUMPY_DTYPES[tensor.dtype]).itemsize <= size
-                )
-            if not fits:
-                place = f"at {tensor.offset}, row stride {tensor.row_stride}"
-                raise ContractError(
-                    f"{call.label or call.op}: {name} {tensor.type} {place}, does not fit a buffer of {size} bytes"
-                )
 
     def capture(self, launches: Sequence[Launch]) -> Launch:
         flat: list[Launch] = []

@@ -14,8 +14,8 @@ import numpy as np
 
 from ...kernels.glu import KINDS
 from ...kernels.op import Numerics, Signature
-from ...kernels.quant import FORMATS, QuantFormat
 from ...kernels.spi import BoundCall, DeviceTensor
+from ..products import halves_of, weight_of
 from .formats import ACTIVATION_LEVELS, TILE_ROWS, tiles_of, weight_program
 from .launch import ERF_ULP, FUNCTION_ULP, Enqueue, OpKernel, ProgramSpec, place, start
 
@@ -34,28 +34,12 @@ POINTWISE = ProgramSpec(("activation.h", "pointwise.cl"), constants=_KIND_NUMBER
 RMS_NORM = ProgramSpec(("lanes.h", "rms_norm.cl"))
 
 
-def _weight(signature: Signature) -> tuple[QuantFormat, int, int]:
-    """Format, out_features and in_features of the weight (of the gate, where there are two)."""
-    kind = signature.tensors["w" if "w" in signature.tensors else "w_gate"]
-    return FORMATS[kind.dtype], kind.shape[0], kind.shape[1]
-
-
 def _is_int8(signature: Signature) -> bool:
-    return signature.attrs["precision"] == "fast" and not _weight(signature)[0].is_float
-
-
-def _halves(signature: Signature) -> list[Signature]:
-    """Gate and up as two `rms_norm_gemm` where their formats differ (`gemv_glu` and `gemm_glu` read one); else none."""
-    tensors, attrs = signature.tensors, signature.attrs
-    if "w_up" not in tensors or tensors["w_up"].dtype == tensors["w_gate"].dtype:
-        return []
-    shared = {name: tensors[name] for name in ("x", "weight", "y")}
-    kept = {name: attrs[name] for name in ("eps", "weight_offset", "precision")}
-    return [Signature("rms_norm_gemm", {**shared, "w": tensors[w]}, kept) for w in ("w_gate", "w_up")]
+    return signature.attrs["precision"] == "fast" and not weight_of(signature)[0].is_float
 
 
 def gemm_program(signature: Signature) -> ProgramSpec:
-    fmt = _weight(signature)[0]
+    fmt = weight_of(signature)[0]
     fast = ("FAST",) if _is_int8(signature) else ()
     program = weight_program(fmt, "gemm.cl", "lanes.h", "pairs.h", "activation.h", defines=fast)
     numbers = (f"ADD={ADD}", f"BIASED={BIASED}", f"CHAIN={CHAIN}", *_KIND_NUMBERS)
@@ -63,7 +47,7 @@ def gemm_program(signature: Signature) -> ProgramSpec:
 
 
 def programs(signature: Signature) -> list[ProgramSpec]:
-    halves = _halves(signature)
+    halves = halves_of(signature)
     if halves:
         return [*(spec for half in halves for spec in programs(half)), POINTWISE]
     return [gemm_program(signature)]
@@ -71,11 +55,11 @@ def programs(signature: Signature) -> list[ProgramSpec]:
 
 def numerics(signature: Signature) -> Numerics:
     ulp = ERF_ULP if signature.attrs.get("kind") == "gelu_erf" else FUNCTION_ULP
-    halves = [numerics(half) for half in _halves(signature)]
+    halves = [numerics(half) for half in halves_of(signature)]
     if halves:
         activations = "int8" if any(half.activations == "int8" for half in halves) else "f32"
         return Numerics("f32", max(half.depth for half in halves), activations, ulp, ACTIVATION_LEVELS)
-    fmt, _, k = _weight(signature)
+    fmt, _, k = weight_of(signature)
     norm = k // 16 + 20 if "weight" in signature.tensors else 0
     if _is_int8(signature):  # sums of a group are exact integers; two additions per group and the sum of a block
         return Numerics("f32", max(norm, 2 * k // fmt.group_length + 8), "int8", ulp, ACTIVATION_LEVELS)
@@ -87,7 +71,7 @@ def numerics(signature: Signature) -> Numerics:
 
 def bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
     signature = call.signature
-    halves = _halves(signature)
+    halves = halves_of(signature)
     if halves:
         return _bind_halves(backend, call, halves)
     is_few = call.tensors["x"].shape[0] <= GEMV_ROWS
@@ -96,7 +80,7 @@ def bind(backend: OpenCLBackend, call: BoundCall) -> list[Enqueue]:
 
 def _input(backend: OpenCLBackend, call: BoundCall, copies: int) -> tuple[Any, ...]:
     """x, the norm's weight (any buffer where there is no norm), and room for `copies` of x as the kernels want it."""
-    fmt, _, k = _weight(call.signature)
+    fmt, _, k = weight_of(call.signature)
     groups = 0 if fmt.is_float else k // fmt.group_length
     weight = call.tensors.get("weight", call.tensors["x"])
     eps, offset = call.attrs.get("eps", 0.0), call.attrs.get("weight_offset", 0.0)
@@ -112,7 +96,7 @@ def _epilogue(call: BoundCall) -> tuple[tuple[Any, ...], np.int32]:
 
 
 def _bind_gemv(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
-    _, n, k = _weight(signature)
+    _, n, k = weight_of(signature)
     y, rows, tiles = call.tensors["y"], call.tensors["x"].shape[0], tiles_of(n)
     chunk = -(-tiles // (GROUPS_PER_UNIT * backend.opened.threads))
     size = (-(-tiles // chunk), rows)
@@ -142,7 +126,7 @@ def _bind_halves(backend: OpenCLBackend, call: BoundCall, halves: list[Signature
 
 
 def _bind_gemm(backend: OpenCLBackend, call: BoundCall, signature: Signature) -> list[Enqueue]:
-    _, n, k = _weight(signature)
+    _, n, k = weight_of(signature)
     y, rows, tiles, program = call.tensors["y"], call.tensors["x"].shape[0], tiles_of(n), gemm_program(signature)
     source = _input(backend, call, rows)
     prepare = backend.enqueue(program, "prepare", (rows,), (1,), *source, np.int32(rows), np.int32(k))

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 
 from ...kernels.errors import BackendUnavailable, ContractError, DeviceError
-from ...kernels.host import dense_stride, span
 from ...kernels.op import NUMPY_DTYPES, Signature, TensorType
 from ...kernels.quant import FORMATS, Array, Weight
 from ...kernels.spi import SPI_VERSION, BoundCall, DeviceInfo, Kernel, Launch, OpenOptions, Progress, Unsupported
-from ..checks import check_call, check_signature, check_transfer
+from ..checks import check_axes, check_call, check_memory, check_signature, check_transfer
 from . import formats, library
 from .compiler import CACHE, Compiler
 from .launch import HostBuffer, KernelSpec, Launches, OpKernel, slots
@@ -39,6 +38,10 @@ def _kernels() -> dict[str, OpKernel]:
 
     modules = (attention, gemm, pointwise, rms_norm, rope, rows, sample)
     return {kernel.op: kernel for module in modules for kernel in module.KERNELS}
+
+
+def _packed_bytes(fmt: str, shape: tuple[int, ...]) -> int:
+    return formats.packed_bytes(FORMATS[fmt], *shape)
 
 
 class TVMBackend:
@@ -63,10 +66,9 @@ class TVMBackend:
         kernel = self._kernels.get(signature.op)
         if kernel is None:
             return Unsupported(signature.op, f"no TVM kernel for {signature.op} yet")
-        for name, kind in signature.tensors.items():
-            for axis, length in zip(found.param(name).axes, kind.shape, strict=True):
-                if length > LONGEST_AXIS:
-                    return Unsupported(signature.op, f"{axis} {length} > {LONGEST_AXIS}: kernels count in 32 bits")
+        too_long = check_axes(found, signature, LONGEST_AXIS)
+        if too_long:
+            return too_long
         return Kernel(f"tvm.{kernel.kernels(self, signature)[0].label}", kernel.numerics(self, signature))
 
     def prepare(self, signatures: Sequence[Signature]) -> None:
@@ -98,7 +100,7 @@ class TVMBackend:
     def bind(self, call: BoundCall) -> Launch:
         op = check_call(call)
         call = BoundCall(call.op, call.tensors, op.with_defaults(call.attrs), call.label)
-        self._check_memory(call)
+        check_memory(call, lambda buffer: buffer.nbytes, _packed_bytes)
         return Launches(tuple(self._kernels[call.op].bind(self, call)))
 
     def capture(self, launches: Sequence[Launch]) -> Launch:
@@ -158,24 +160,6 @@ class TVMBackend:
             run = self._runs[specs] = library.load([driver, *objects])
         number = {spec: i for i, spec in enumerate(specs)}
         return run, np.array([(number[x.spec], x.arguments.ctypes.data) for x in launches], np.int64)
-
-    def _check_memory(self, call: BoundCall) -> None:
-        """A ContractError unless every tensor lies in its buffer: a kernel that leaves it takes the process along."""
-        for name, tensor in call.tensors.items():
-            size = tensor.buffer.nbytes
-            if tensor.dtype in FORMATS:
-                fits = size >= formats.packed_bytes(FORMATS[tensor.dtype], *tensor.shape)
-            else:
-                end = tensor.offset + span(tensor.shape, tensor.row_stride)
-                overlaps = tensor.row_stride < dense_stride(tensor.shape)
-                fits = (
-                    tensor.offset >= 0 and not overlaps and end * np.dtype(NUMPY_DTYPES[tensor.dtype]).itemsize <= size
-                )
-            if not fits:
-                where = f"at {tensor.offset}, row stride {tensor.row_stride}"
-                raise ContractError(
-                    f"{call.label or call.op}: {name} {tensor.type} {where}, does not fit a buffer of {size} bytes"
-                )
 
     def _buffer(self, nbytes: int, what: str) -> HostBuffer:
         try:

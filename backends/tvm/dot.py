@@ -6,10 +6,13 @@ variant gives the same integers, so a kernel's result does not depend on the CPU
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from .emit import LANES, Emitter, Expr
 from .target import MADDUBS, SDOT, VNNI256, VNNI512
 
 BYTES = 4 * LANES
+Dot = Callable[[Expr, Expr, Expr], Expr]  # (total, weights, word) -> total
 
 
 def is_signed(k: Emitter, bits: int) -> bool:
@@ -36,13 +39,12 @@ def dot(k: Emitter, total: Expr, weights: Expr, word: Expr, bits: int) -> Expr:
     return _plain(k, total, weights, word, signed)
 
 
-def _by_halves(k: Emitter, total: Expr, weights: Expr, word: Expr, lanes: int, half: object) -> Expr:
+def _by_halves(k: Emitter, total: Expr, weights: Expr, word: Expr, lanes: int, half: Dot) -> Expr:
     """On vectors of half the length (`weights` as int8x(4 * lanes), the others int32x(lanes))."""
-    function: object = half
     totals = k.halves(total, lanes, "int32")
     words = k.halves(word, lanes, "int32")
     parts = k.halves(weights, 4 * lanes, "int8")
-    low, high = (function(t, w, x) for t, w, x in zip(totals, parts, words, strict=True))  # type: ignore[operator]
+    low, high = (half(t, w, x) for t, w, x in zip(totals, parts, words, strict=True))
     return k.let(k.T.vectorcombine(f"int32x{lanes}", low, high))
 
 

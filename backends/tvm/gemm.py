@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS, QuantFormat
 from ...kernels.spi import BoundCall
+from ..products import halves_of, weight_of
 from . import amx
 from .dot import dot, is_signed
 from .formats import (
@@ -49,12 +50,6 @@ AHEAD = 8192
 
 def has_norm(signature: Signature) -> bool:
     return "weight" in signature.tensors
-
-
-def weight_of(signature: Signature) -> tuple[QuantFormat, int, int]:
-    """Format, out_features and in_features of the weight (of the gate, where there are two)."""
-    kind = signature.tensors["w" if "w" in signature.tensors else "w_gate"]
-    return FORMATS[kind.dtype], kind.shape[0], kind.shape[1]
 
 
 def is_int8(signature: Signature, fmt: QuantFormat) -> bool:
@@ -459,20 +454,10 @@ def _gemm_spec(backend: TVMBackend, signature: Signature, fmt: QuantFormat, kind
     )  # fmt: skip
 
 
-def _halves(signature: Signature) -> list[Signature]:
-    """Gate and up as two `rms_norm_gemm` where their formats differ (a kernel reads one); else none."""
-    tensors, attrs = signature.tensors, signature.attrs
-    if "w_up" not in tensors or tensors["w_up"].dtype == tensors["w_gate"].dtype:
-        return []
-    shared = {name: tensors[name] for name in ("x", "weight", "y")}
-    kept = {name: attrs[name] for name in ("eps", "weight_offset", "precision")}
-    return [Signature("rms_norm_gemm", {**shared, "w": tensors[w]}, kept) for w in ("w_gate", "w_up")]
-
-
 def kernels(backend: TVMBackend, signature: Signature) -> Sequence[KernelSpec]:
     from .pointwise import glu
 
-    halves = _halves(signature)
+    halves = halves_of(signature)
     if halves:
         return [s for half in halves for s in kernels(backend, half)] + [spec(glu, kind=signature.attrs["kind"])]
     if is_bf16(backend, signature):
@@ -486,7 +471,7 @@ def kernels(backend: TVMBackend, signature: Signature) -> Sequence[KernelSpec]:
 
 
 def numerics(backend: TVMBackend, signature: Signature) -> Numerics:
-    halves = [numerics(backend, half) for half in _halves(signature)]
+    halves = [numerics(backend, half) for half in halves_of(signature)]
     if halves:
         return max(halves, key=lambda half: (half.activations == "int8", half.activations == "bf16", half.depth))
     fmt, _, k = weight_of(signature)
@@ -504,8 +489,8 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     from .pointwise import bind_halves
 
     signature = call.signature
-    if _halves(signature):
-        return bind_halves(backend, call, _halves(signature), bind)
+    if halves_of(signature):
+        return bind_halves(backend, call, halves_of(signature), bind)
     fmt, n, columns = weight_of(signature)
     int8, kind = is_int8(signature, fmt), call.attrs.get("kind", "")
     x, y = call.tensors["x"], call.tensors["y"]
