@@ -1,0 +1,7 @@
+"""attention: no kernels yet."""
+
+from __future__ import annotations
+
+from .launch import OpKernel
+
+KERNELS: list[OpKernel] = []
