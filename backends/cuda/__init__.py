@@ -124,7 +124,7 @@ class CudaBackend:
         return buffer
 
     def choose(self, key: tuple[Any, ...], candidates: Sequence[Sequence[Launch]]) -> Sequence[Launch]:
-        return candidates[0]
+        return self.hardware.fastest(key, candidates) if len(candidates) > 1 else candidates[0]
 
     def _bound(self, launches: Sequence[Launch]) -> Captured:
         self.hardware.load(launches)
@@ -155,11 +155,14 @@ class CudaProvider:
         return CudaBackend(device, hardware, options.progress)
 
     def describe(self) -> Mapping[str, Any]:
+        from . import aot, compiler, tuning
+
         report: dict[str, Any] = {}
         try:
-            report["devices"] = [device.name for device in self.devices()]
+            report["devices"] = [f"{x.name} ({x.detail['compute_capability']}, {x.driver})" for x in self.devices()]
         except BackendUnavailable as error:
             report["devices"] = str(error)
+        report |= {"cache": compiler.CACHE.info(), "choices": tuning.CACHE.info(), "ahead_of_time": aot.describe()}
         for name in ("triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "torch"):
             try:
                 report[name] = metadata.version(name)

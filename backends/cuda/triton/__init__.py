@@ -2,5 +2,5 @@
 
 Use builtins of triton.language, sum, max, min, argmax and associative_scan only: `zeros`, `zeros_like`, `cdiv`,
 `sigmoid` and what else lies in triton.language.standard are compiled functions, made for the compiler or for the
-interpreter when Triton is imported, and here both are wanted in one process. Names that Triton 3.6 lacks cannot be used.
+interpreter when Triton is imported, and here both are wanted in one process. No names that Triton 3.6 lacks.
 """

@@ -66,7 +66,7 @@ def scales(w_scales, w_supers, at, mask, HAS_MIN: tl.constexpr, IS_SUPER: tl.con
 
 @triton.jit
 def floats(w_quants, rows, columns, blocks, mask):
-    """Of a float weight [., columns], the blocks [B] of the rows int64 [R]: float32 lo, hi [R, B, 16], 0 past the end."""
+    """Of a float weight [., columns], the blocks [B] of the rows int64 [R]: float32 lo, hi [R, B, 16]; 0 past it."""
     column = blocks[None, :, None] * 32 + tl.arange(0, 16)[None, None, :]
     first = w_quants + rows[:, None, None] * columns + column
     lo = tl.load(first, mask=mask[:, :, None] & (column < columns), other=0).to(tl.float32)
