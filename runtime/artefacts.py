@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..kernels.errors import PolykernError, UsageError
+from ..kernels.gemm import PRECISIONS
 from ..kernels.op import Signature
 from ..kernels.ops import OPS
 from ..kernels.quant import FORMATS
@@ -73,21 +74,22 @@ class Needs:
     refused: dict[str, dict[str, Any]] = field(default_factory=dict[str, "dict[str, Any]"])
     programs: dict[str, Any] | None = None
 
-    def add(self, planned: Plan) -> None:
+    def add(self, planned: Plan, by_signature: bool = False) -> None:
+        """The calls of a plan; a kernel is told by its symbol, or where one symbol serves many, by its signature."""
         for call in planned.calls:
-            self._add(call, planned.program.name)
+            self._add(call, planned.program.name, by_signature)
 
-    def _add(self, call: PlannedCall, program: str) -> None:
+    def _add(self, call: PlannedCall, program: str, by_signature: bool) -> None:
         key, op = str(call.signature), call.signature.op
         if call.native:
-            wanted = self.wanted.setdefault(call.kernel, Wanted(call.kernel, call.signature))
+            wanted = self.wanted.setdefault(key if by_signature else call.kernel, Wanted(call.kernel, call.signature))
             wanted.programs[program] = wanted.programs.get(program, 0) + 1
         elif call.parts:
             into = [{"op": part.signature.op, "symbol": part.kernel} for part in call.parts]
             row = {"op": op, "signature": key, "reason": call.reason, "into": into}
             self.decomposed.setdefault(key, row)
             for part in call.parts:
-                self._add(part, program)
+                self._add(part, program, by_signature)
         else:
             self.refused.setdefault(key, {"op": op, "signature": key, "reason": call.reason})
 
@@ -202,6 +204,30 @@ def generate(found: Needs, target: Any, about: Mapping[str, Any], progress: Prog
         "refused": list(found.refused.values()),
     }
     return Artefacts(plain(manifest), files)
+
+
+def generate_binaries(
+    config: ModelConfig, target: Any, ctx: int, page_size: int, ops: Sequence[str], about: Mapping[str, Any],
+    progress: Progress | None = None,
+) -> Artefacts:  # fmt: skip
+    """Binaries of the cuda backend for everything that a model's programs launch, in both precisions."""
+    from ..backends.cuda import aot
+
+    generator: Any = aot.Generator(target)
+    found = Needs()
+    for precision in PRECISIONS:
+        for bucket in BUCKETS:
+            program = build_program(config, **bucket._asdict(), ctx=ctx, page_size=page_size, precision=precision)
+            found.add(plan(program, generator, "allow"), by_signature=True)
+    if ops:
+        found = found.only(ops)
+    wanted: dict[str, list[Signature]] = {}
+    for one in found.wanted.values():
+        wanted.setdefault(one.signature.op, []).append(one.signature)
+    report = (lambda done, total: progress("compile", done, total)) if progress else None
+    manifest, files = aot.generate(target, wanted, report)
+    rest = {"decomposed": list(found.decomposed.values()), "refused": list(found.refused.values())}
+    return Artefacts(plain({"polykern": metadata.version("polykern"), **about, **manifest, **rest}), files)
 
 
 def _tensor(name: str, signature: Signature) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from typing import Any
 
@@ -27,6 +28,7 @@ LONGEST_AXIS = 2**31 - 64  # kernels count in int32, in steps of up to a tile
 INTERPRET = "interpret"
 
 
+@cache
 def op_kernels() -> dict[str, OpKernel]:
     from . import attention, gemm, pointwise, rms_norm, rope, rows, sample
 
@@ -36,6 +38,21 @@ def op_kernels() -> dict[str, OpKernel]:
 
 def _packed_bytes(fmt: str, shape: tuple[int, ...]) -> int:
     return formats.packed_bytes(FORMATS[fmt], *shape)
+
+
+def supports(target: Target, signature: Signature) -> Kernel | Unsupported:
+    """Kernel if there is one for this call on this target, else why not."""
+    found = check_signature(signature)
+    if isinstance(found, Unsupported):
+        return found
+    kernel = op_kernels().get(signature.op)
+    if kernel is None:
+        return Unsupported(signature.op, f"no CUDA kernel for {signature.op} yet")
+    too_long = check_axes(found, signature, LONGEST_AXIS)
+    if too_long:
+        return too_long
+    launches = kernel.bind(Sketch(target), sketch_of(signature))
+    return Kernel(f"cuda.{launches[0].spec.label}", kernel.numerics(target, signature))
 
 
 class CudaBackend:
@@ -52,17 +69,7 @@ class CudaBackend:
         self._scratch: dict[str, Any] = {}
 
     def supports(self, signature: Signature) -> Kernel | Unsupported:
-        found = check_signature(signature)
-        if isinstance(found, Unsupported):
-            return found
-        kernel = self._kernels.get(signature.op)
-        if kernel is None:
-            return Unsupported(signature.op, f"no CUDA kernel for {signature.op} yet")
-        too_long = check_axes(found, signature, LONGEST_AXIS)
-        if too_long:
-            return too_long
-        first = kernel.bind(Sketch(self.target), sketch_of(signature))[-1]
-        return Kernel(f"cuda.{first.spec.label}", kernel.numerics(self.target, signature))
+        return supports(self.target, signature)
 
     def prepare(self, signatures: Sequence[Signature]) -> None:
         """Compile what these calls will need, if their tensors are aligned; `bind` compiles what they turn out to."""

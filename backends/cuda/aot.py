@@ -1,7 +1,8 @@
 """Kernels compiled ahead of time: a folder of binaries with a manifest, written by `runtime compile --target cuda:90`.
 
-    kernels.json    format, target, sources (hash), compilers; for each kernel file, spec and what Binary says
-    SYMBOL.cubin    code
+    manifest.json           target, sources (hash), compilers, model; for each kernel its op, file, spec, and what a
+                            launch needs to know (compiler.Binary)
+    FUNCTION.HASH.cubin     code (AMD: .hsaco)
 
 `$POLYKERN_CUDA_KERNELS` names such a folder: a machine with a driver and no compiler runs from it. A folder made from
 other sources than these, or for another architecture, is not used, and says so once.
@@ -13,16 +14,26 @@ import hashlib
 import json
 import os
 import warnings
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from .compiler import FORMAT, Binary, compilers, sources, spec_of
-from .launch import KernelSpec, Target
+from ...kernels.errors import UsageError
+from ...kernels.op import Signature
+from ...kernels.spi import Kernel, Unsupported
+from .compiler import FORMAT, Binary, Compiler, compilers, sources, spec_of
+from .launch import KernelSpec, Launch, Sketch, Target, sketch_of
 
 VARIABLE = "POLYKERN_CUDA_KERNELS"
-MANIFEST = "kernels.json"
+MANIFEST = "manifest.json"
+# Architecture -> multiprocessors of its largest part, and bytes of shared memory for a block (CUDA C++ Programming
+# Guide 12.9, table 27 "Technical Specifications per Compute Capability"; AMD Instinct MI300 ISA guide, section 2).
+# Grids are planned anew on the GPU; only the choice among kernels is made for these.
+CUDA = {"75": (72, 64), "80": (108, 163), "86": (84, 99), "87": (16, 163), "89": (144, 99), "90": (132, 227),
+        "100": (148, 227), "103": (160, 227), "120": (188, 99)}  # fmt: skip
+HIP = {"gfx942": (304, 64)}
 
 
 def where() -> str:
@@ -55,16 +66,59 @@ def describe() -> dict[str, Any]:
         return {"path": path, "problem": str(error)}
 
 
-def manifest(target: Target, binaries: dict[KernelSpec, Binary]) -> tuple[dict[str, Any], dict[str, bytes]]:
-    """Manifest and files of a folder."""
+def parse(text: str) -> Target:
+    """`cuda:90`, `hip:gfx942`, as `runtime compile --target` takes them."""
+    kind, _, arch = text.partition(":")
+    known = {"cuda": CUDA, "hip": HIP}[kind]
+    if arch not in known:
+        close = ", ".join(f"{kind}:{name}" for name in known)
+        raise UsageError(f"--target {text}: no such architecture; known: {close}")
+    multiprocessors, shared = known[arch]
+    return Target(kind, arch, multiprocessors, shared << 10)
+
+
+@dataclass(frozen=True)
+class Generator:
+    """What `plan` asks in the place of a backend: which calls have a kernel for this target."""
+
+    target: Target
+    name: str = "cuda"
+
+    def supports(self, signature: Signature) -> Kernel | Unsupported:
+        from . import supports
+
+        return supports(self.target, signature)
+
+    def launches(self, signature: Signature) -> list[Launch]:
+        """Everything that a call of this signature may launch, whichever way is chosen on the GPU."""
+        from . import op_kernels
+
+        return list(op_kernels()[signature.op].bind(Sketch(self.target, every=True), sketch_of(signature)))
+
+
+def generate(
+    target: Target, wanted: Mapping[str, Sequence[Signature]], progress: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """Manifest and files for every kernel of the signatures, given by op."""
+    generator = Generator(target)
+    ops: dict[KernelSpec, str] = {}
+    for op, signatures in wanted.items():
+        for signature in signatures:
+            for launch in generator.launches(signature):
+                ops.setdefault(launch.spec, op)
+    compiler = Compiler(target)
+    try:
+        binaries = dict(zip(ops, compiler.binaries(list(ops), progress), strict=True))
+    finally:
+        compiler.close()
     suffix = "cubin" if target.kind == "cuda" else "hsaco"
     rows: list[dict[str, Any]] = []
     files: dict[str, bytes] = {}
     for spec, binary in binaries.items():
-        digest = hashlib.sha256(binary.code).hexdigest()
         name = f"{spec.function}.{hashlib.sha256(repr(spec).encode()).hexdigest()[:16]}.{suffix}"
         files[name] = binary.code
-        rows.append({"file": name, "sha256": digest, "spec": asdict(spec), **binary.about})
+        digest = hashlib.sha256(binary.code).hexdigest()
+        rows.append({"op": ops[spec], "file": name, "sha256": digest, "spec": asdict(spec), **binary.about})
     about = {"format": FORMAT, "target": target.name, "sources": sources(), "compilers": compilers()}
     return {**about, "kernels": rows}, files
 

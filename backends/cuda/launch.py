@@ -54,7 +54,7 @@ class KernelSpec:
 
     file       "gemm" (triton/gemm.py) or "gemv.cu"
     params     its arguments in order: name, and Triton's word for its type, with "/16" behind it where the value (an
-               address, a stride) is a multiple of 16 and the compiler may load 16 bytes at once
+               address, a stride, a number of columns) is a multiple of 16: then 16 bytes are loaded at once
     constants  what else it is compiled for: constexprs of Triton, definitions of CUDA C++
     warps      of 32 threads (AMD: 64) in a block; stages: loads that Triton keeps under way in a loop
     """
@@ -107,17 +107,18 @@ def launch(
     file: str, function: str, grid: tuple[int, ...], arguments: Mapping[str, Argument],
     constants: Mapping[str, Any] | None = None, warps: int = 4, stages: int = 2, shared: int = 0,
 ) -> Launch:  # fmt: skip
-    params = tuple((name, _type_of(value)) for name, value in arguments.items())
+    params = tuple((name, _type_of(name, value)) for name, value in arguments.items())
     spec = KernelSpec(file, function, params, tuple((constants or {}).items()), warps, stages)
     return Launch(spec, grid, arguments, shared)
 
 
-def _type_of(value: Argument) -> str:
+def _type_of(name: str, value: Argument) -> str:
+    """Of whole numbers only strides say whether they are aligned: a context of 4096 or 4097 takes the same kernel."""
     if isinstance(value, Pointer):
         return value.type
     if isinstance(value, float):
         return "fp32"
-    return "i32/16" if value % 16 == 0 else "i32"
+    return "i32/16" if name.endswith(("_stride", "columns")) and value % 16 == 0 else "i32"
 
 
 class Planner(Protocol):

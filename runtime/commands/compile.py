@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 HELP = "Generate the kernels of a model for a target: source or objects, and a manifest that says how to call them."
 EXAMPLE = """\
 runtime compile --target "llvm -mcpu=znver4" -o kernels-znver4
-runtime compile --target opencl --op gemm -o kernels-opencl"""
+runtime compile --target opencl --op gemm -o kernels-opencl
+runtime compile --target cuda:90 -o kernels-h100"""
 PAGE_SIZE = 16  # as the other backends of this project
 
 
@@ -24,7 +25,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--target", type=name, required=True, metavar="TARGET",
         help="llvm, c, opencl, cuda, rocm, metal or webgpu, with options as in \"llvm -mcpu=znver4\"; TVM's tags and"
-        " JSON are understood as well",
+        " JSON are understood as well. cuda:90, cuda:80, ... or hip:gfx942: binaries of the cuda backend's own kernels",
     )  # fmt: skip
     completes_files(
         parser.add_argument("-o", "--output", type=name, required=True, metavar="DIR", help="the folder to make")
@@ -40,9 +41,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace, out: Output) -> int:
+    from ...backends.cuda import aot
     from ...backends.tvm.portable import targets
     from ...backends.tvm.portable.machine import MACHINES
-    from ..artefacts import Folder, generate, needs
+    from ..artefacts import Folder, generate, generate_binaries, needs
     from ..config import ModelConfig
     from ..gguf import GGUFFile
     from ..load import context_size
@@ -50,21 +52,23 @@ def run(args: Namespace, out: Output) -> int:
     from ..progress import ProgressBars
     from ..settings import Settings
 
-    target = targets.parse(args.target)
+    is_binary = args.target.partition(":")[0] in ("cuda", "hip") and ":" in args.target
+    target = aot.parse(args.target) if is_binary else targets.parse(args.target)
     with ProgressBars() as progress, Folder(Path(args.output), args.force) as folder:
         path = resolve(args.model, progress)
         with GGUFFile.open(path) as gguf:
             config = ModelConfig.from_gguf(gguf)
         ctx = context_size(Settings(model=path, ctx=args.ctx), config, str(path))
-        found = needs(config, MACHINES[str(target.kind.name)], ctx, args.page_size)
-        if args.op:
-            found = found.only(args.op)
         about = {
             "model": {"file": Path(path).name, "architecture": config.architecture.name},
             "ctx": ctx,
             "page_size": args.page_size,
         }
-        artefacts = generate(found, target, about, progress)
+        if is_binary:
+            artefacts = generate_binaries(config, target, ctx, args.page_size, args.op or (), about, progress)
+        else:
+            found = needs(config, MACHINES[str(target.kind.name)], ctx, args.page_size)
+            artefacts = generate(found.only(args.op) if args.op else found, target, about, progress)
         folder.write(artefacts)
     if args.json:
         out.json({"path": str(folder.path), **artefacts.manifest})
