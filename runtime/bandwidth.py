@@ -6,6 +6,7 @@ import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from statistics import median
+from typing import Any
 
 import numpy as np
 
@@ -41,6 +42,25 @@ class ReadProbe:
     def close(self) -> None:
         self._pool.shutdown()
         self._parts = []
+
+
+class DeviceProbe:
+    """The same for a device with memory of its own: its backend's `peaks()["read"]`, measured at every sweep."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
+        self.all: list[float] = []
+
+    def sweep(self) -> float:
+        self.all.append(float(self._backend.peaks()["read"]))
+        return self.all[-1]
+
+    @property
+    def gb_per_s(self) -> float:
+        return median(self.all)
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 def usable_processors() -> int:

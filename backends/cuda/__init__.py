@@ -122,6 +122,12 @@ class CudaBackend:
         self._scratch.clear()
         self.hardware.close()
 
+    def peaks(self) -> Mapping[str, float]:
+        """GB/s and Gop/s that this GPU can reach, measured now; nothing in the interpreter."""
+        from . import peak
+
+        return {} if self.target.is_interpreted else peak.measure(self.hardware)
+
     # What the op files use: launch.Planner
 
     def scratch(self, name: str, nbytes: int) -> Any:
@@ -154,7 +160,7 @@ class CudaProvider:
             from .interpreter import InterpretedDevice
             from .sources import triton_version
 
-            device = DeviceInfo("Triton interpreter", "Triton", triton_version(), 0, {"arch": INTERPRET})
+            device = DeviceInfo("Triton interpreter", "Triton", triton_version(), 0, {"arch": INTERPRET, "type": "cpu"})
             return CudaBackend(device, InterpretedDevice(), options.progress)
         from .gpu import open_device
 

@@ -80,6 +80,7 @@ def _info(cupy: Any, number: int) -> DeviceInfo:
         "multiprocessors": int(properties["multiProcessorCount"]),
         "shared_bytes": int(properties["sharedMemPerBlockOptin"]),
         "number": number,
+        "type": "gpu",
     }
     driver = f"CUDA {_version(int(cupy.cuda.runtime.driverGetVersion()))}"
     return DeviceInfo(name, "NVIDIA", driver, int(properties["totalGlobalMem"]), detail)

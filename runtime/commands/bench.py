@@ -10,7 +10,7 @@ from ..output import Output
 from .options import add_session, open_session, whole
 
 if TYPE_CHECKING:
-    from ..bandwidth import ReadProbe
+    from ..bandwidth import DeviceProbe, ReadProbe
     from ..session import Session
 
 HELP = "Time prompt processing (pp) and decoding (tg); no tokenizer and no sampler in the loop."
@@ -57,11 +57,15 @@ def run(args: Namespace, out: Output) -> int:
 def measure(
     session: Session, prompt_tokens: int, decode_tokens: int, repetitions: int, threads: int | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of `results`: one for each test, pp before tg."""
-    from ..bandwidth import ReadProbe
+    """The rows of `results`: one for each test, pp before tg.
+
+    The bandwidth beside them is the host's, or that of a device with memory of its own, as its backend measures it.
+    """
+    from ..bandwidth import DeviceProbe, ReadProbe
     from ..progress import ProgressBars
 
-    probe = ReadProbe(threads)
+    has_own_memory = session.backend.device.detail.get("type", "cpu") != "cpu" and hasattr(session.backend, "peaks")
+    probe = DeviceProbe(session.backend) if has_own_memory else ReadProbe(threads)
     probe.sweep()
     probe.all.clear()  # the first one warms up
     with ProgressBars() as bars:
@@ -76,7 +80,7 @@ def measure(
     return [row(test, rates, streamed_bytes(session), probe) for test, rates in found.items()]
 
 
-def row(test: str, rates: list[float], streamed: int, probe: ReadProbe) -> dict[str, Any]:
+def row(test: str, rates: list[float], streamed: int, probe: ReadProbe | DeviceProbe) -> dict[str, Any]:
     """Bandwidth figures are for tg only: a prompt reads the weights once per chunk and is bound by arithmetic."""
     from statistics import median
 
