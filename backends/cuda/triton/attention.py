@@ -1,0 +1,189 @@
+"""attention over paged keys and values: tiles of rows, a part of the keys at a time, then the parts together.
+
+A row is a token and one of the R = GROUP query heads that share a kv head. Online softmax (arXiv:1805.02867) in base 2,
+its keys in parts side by side where rows alone would not fill a GPU (flash-decoding, arXiv:2311.01282).
+
+Products of float32 and float16 stay exact to float32: the float32 factor is the sum of two float16 numbers, 22 bits.
+"""
+
+# pyright: basic
+import triton
+import triton.language as tl
+
+from .activation import tanh
+from .reduce import largest, smallest, total
+
+NOTHING = tl.constexpr(2147483647)  # behind every seq_id and position
+WEIGHT_ONE = tl.constexpr(16384.0)  # 2**14: what a weight of 1 is, so that the small ones have bits in float16
+
+
+@triton.jit
+def halves(x):
+    """float32 as float16 + float16: off by 2**-22 of x, or by 2**-25 where that is more."""
+    high = x.to(tl.float16)
+    return high, (x - high.to(tl.float32)).to(tl.float16)
+
+
+@triton.jit
+def into_range(x):
+    """x [M, D] times a power of two for each row, its largest then in [2**13, 2**15), and the powers' inverses [M]."""
+    exponent = largest(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23
+    exponent = tl.maximum(exponent, 15)  # 127 more than the exponent; both powers are normal numbers
+    up = ((268 - exponent) << 23).to(tl.float32, bitcast=True)
+    down = ((exponent - 14) << 23).to(tl.float32, bitcast=True)
+    return x * up[:, None], down
+
+
+@triton.jit
+def product(a, a_low, b, sums, IS_HALF: tl.constexpr, PRECISION: tl.constexpr):
+    """sums + (a + a_low) @ b for float16, sums + a @ b for float32."""
+    if IS_HALF:
+        sums = tl.dot(a, b, tl.dot(a_low, b, sums))
+    else:
+        sums = tl.dot(a, b, sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def part_of(begin, end, part, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
+    """First and last + 1 of the keys of a part: of equal length, whole 16s, but no less than a block."""
+    length = (end - begin + 16 * PARTS - 1) // (16 * PARTS) * 16
+    length = tl.maximum(length, BLOCK_N)
+    first = begin + tl.minimum(part * length, end - begin)
+    return first, tl.minimum(first + length, end)
+
+
+@triton.jit
+def over_keys(
+    q, q_low, factor, first, last, begin, end, table, k_pages, k_stride, v_pages, v_stride, head, pages, cap,
+    top, norm, sums,
+    HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr, HAS_CAP: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Keys begin to end - 1 of one sequence, its pages in `table`, for rows that see their keys first to last [M].
+
+    A key whose page does not exist makes NaN of the rows that see it. Before exp2, scores are (q @ k) * factor, or
+    tanh of that times `cap`.
+    """
+    d = tl.arange(0, BLOCK_D)
+    for start in range(begin, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        page = tl.load(table + key // PAGE, mask=key < end, other=-1)
+        is_there = (page >= 0) & (page < pages)
+        mask = is_there[:, None] & (d < HEAD_DIM)[None, :]
+        page = page.to(tl.int64)
+        inside = ((head * PAGE + key % PAGE) * HEAD_DIM)[:, None] + d[None, :]
+        k = tl.load(k_pages + (page * k_stride)[:, None] + inside, mask=mask, other=0.0)
+        v = tl.load(v_pages + (page * v_stride)[:, None] + inside, mask=mask, other=0.0)
+        scores = tl.full([q.shape[0], BLOCK_N], 0.0, tl.float32)
+        scores = product(q, q_low, tl.trans(k), scores, K_HALF, PRECISION)
+        scores = scores * factor[:, None] + tl.where(is_there, 0.0, float("nan"))[None, :]
+        if HAS_CAP:
+            scores = cap * tanh(scores)
+        is_seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+        scores = tl.where(is_seen, scores, float("-inf"))
+        next_top = tl.maximum(top, largest(scores, 1))
+        # of a row that has seen no key yet: -inf - -inf would be NaN
+        base = tl.where(next_top == float("-inf"), 0.0, next_top)
+        shrink = tl.exp2(top - base)
+        weights = tl.exp2(scores - base[:, None]) * WEIGHT_ONE
+        norm = norm * shrink + total(weights, 1)
+        top = next_top
+        high, low = weights, weights
+        if V_HALF:
+            high, low = halves(weights)
+        sums = product(high, low, v, sums * shrink[:, None], V_HALF, PRECISION)
+    return top, norm, sums
+
+
+@triton.jit
+def attention_tiles(
+    q, q_stride, k_pages, k_pages_stride, v_pages, v_pages_stride, block_table, block_table_stride, seq_ids, positions,
+    y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap,
+    window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows of a tile (ROWS of the tokens * GROUP, kv head) over a part of the keys: y, or with more than one part its
+    top score, total weight and weighted sum of values: [tokens, heads, PARTS] and [tokens, heads, PARTS, D]."""
+    # the last tile first: it may have the most keys
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    i = tl.arange(0, BLOCK_M)
+    row = tile * ROWS + i
+    token = row // GROUP
+    is_row = (i < ROWS) & (token < tokens)
+    query_head = head * GROUP + row % GROUP
+    d = tl.arange(0, BLOCK_D)
+    seq = tl.load(seq_ids + token, mask=is_row, other=-1)
+    position = tl.load(positions + token, mask=is_row, other=-1)
+    is_known = (seq >= 0) & (seq < sequences) & (position >= 0) & (position // PAGE < max_pages)
+    last = tl.where(is_known, position, -1)
+    first = tl.where(is_known, 0, NOTHING)
+    if HAS_WINDOW:
+        first = tl.maximum(first, position - window + 1)
+
+    mask = is_row[:, None] & (d < HEAD_DIM)[None, :]
+    at = token.to(tl.int64)[:, None] * q_stride + (query_head * HEAD_DIM)[:, None] + d[None, :]
+    query = tl.load(q + at, mask=mask, other=0.0)
+    query_low = query
+    factors = tl.full([BLOCK_M], 1.0, tl.float32) * factor
+    if K_HALF:
+        query, down = into_range(query)
+        factors = factors * down
+        query, query_low = halves(query)
+
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.full([BLOCK_M], 0.0, tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    # sequence after sequence of those in the tile; the rows of others see none of its keys
+    now = smallest(tl.where(is_known, seq, NOTHING), 0)
+    while now < sequences:
+        is_now = is_known & (seq == now)
+        begin = smallest(tl.where(is_now, first, NOTHING), 0)
+        end = largest(tl.where(is_now, last, -1), 0) + 1
+        begin, end = part_of(begin, end, part, PARTS, BLOCK_N)
+        top, norm, sums = over_keys(
+            query, query_low, factors, first, tl.where(is_now, tl.minimum(last, end - 1), -1), begin, end,
+            block_table + now.to(tl.int64) * block_table_stride,
+            k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, top, norm, sums,
+            HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, BLOCK_D, BLOCK_N, PRECISION,
+        )  # fmt: skip
+        now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
+
+    norm = tl.where(is_known | (seq < 0), norm, float("nan"))
+    if PARTS == 1:
+        result = tl.where((seq < 0)[:, None], 0.0, sums / norm[:, None])
+        to = y + token.to(tl.int64)[:, None] * y_stride + (query_head * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(to, result, mask=mask)
+    else:
+        at = (token.to(tl.int64) * (kv_heads * GROUP) + query_head) * PARTS + part
+        tl.store(part_tops + at, top, mask=is_row)
+        tl.store(part_norms + at, norm, mask=is_row)
+        is_used = norm != 0.0
+        tl.store(part_sums + at[:, None] * HEAD_DIM + d[None, :], sums, mask=mask & is_used[:, None])
+
+
+@triton.jit
+def attention_merge(
+    y, y_stride, part_tops, part_norms, part_sums, seq_ids, heads,
+    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """y from the parts that attention_tiles left, for (token, query head)."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.arange(0, BLOCK_P)
+    d = tl.arange(0, BLOCK_D)
+    at = (token.to(tl.int64) * heads + head) * PARTS + part
+    is_part = part < PARTS
+    top = tl.load(part_tops + at, mask=is_part, other=float("-inf"))
+    norm = tl.load(part_norms + at, mask=is_part, other=0.0)
+    mask = (is_part & (norm != 0.0))[:, None] & (d < HEAD_DIM)[None, :]
+    sums = tl.load(part_sums + at[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    highest = largest(top, 0)
+    weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+    result = total(sums * weights[:, None], 0) / total(norm * weights, 0)
+    result = tl.where(tl.load(seq_ids + token) < 0, 0.0, result)
+    tl.store(y + token.to(tl.int64) * y_stride + head * HEAD_DIM + d, result, mask=d < HEAD_DIM)
