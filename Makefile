@@ -13,10 +13,10 @@ ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
 PEERS ?=
 COMPARE := $(PYTHON) bench/peers/run.py $(if $(PEERS),--python "$(PEERS)")
 
-.PHONY: help check static fmt lint types fast test faults bench kernels support conformance peers
+.PHONY: help check static fmt lint types fast test faults bench kernels support conformance peers gpu cuda-kernels
 
 help:            ## this list
-	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 check: static fast  ## what must pass before a commit
 
@@ -62,3 +62,9 @@ peers:           ## compare with llama.cpp, OpenVINO and torch (in PEERS=python)
 	$(COMPARE) --tests pp512,tg64 --model random:smollm2-1.7b --sides tvm,opencl,llama.cpp,openvino,torch-bf16 \
 		-o bench/results/peers-smollm2-1.7b.json
 	$(PYTHON) bench/peers/table.py
+
+gpu:             ## all that only a machine with a GPU can show (and DEVICE); writes bench/results/gpu-*.json
+	$(PYTHON) bench/gpu.py $(ON_DEVICE)
+
+cuda-kernels:    ## compile every CUDA kernel for four architectures; rewrites the table in backends/cuda/README.md
+	$(PYTHON) bench/cuda_kernels.py
