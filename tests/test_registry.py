@@ -85,6 +85,7 @@ def test_own_backends_are_listed_first_and_lazily(install: Install) -> None:
     install("acme-npu", "a_first", "raise RuntimeError('imported')")
     entries = list_backends()
     assert [(e.name, e.distribution) for e in entries] == [
+        ("cuda", "polykern"),
         ("null", "polykern"),
         ("opencl", "polykern"),
         ("opencl-tvm", "polykern"),
@@ -113,16 +114,19 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
     [
         (
             "opncl",
-            "unknown backend 'opncl'; did you mean 'opencl'? known: auto, null, opencl, opencl-tvm, reference, tvm",
+            "unknown backend 'opncl'; did you mean 'opencl'? known: auto, cuda, null, opencl, opencl-tvm, reference, tvm",
         ),
         (
             "referense",
             "unknown backend 'referense'; did you mean 'reference'?"
-            " known: auto, null, opencl, opencl-tvm, reference, tvm",
+            " known: auto, cuda, null, opencl, opencl-tvm, reference, tvm",
         ),
-        ("Auto", "unknown backend 'Auto'; did you mean 'auto'? known: auto, null, opencl, opencl-tvm, reference, tvm"),
-        ("zzz", "unknown backend 'zzz'; known: auto, null, opencl, opencl-tvm, reference, tvm"),
-        ("", "unknown backend ''; known: auto, null, opencl, opencl-tvm, reference, tvm"),
+        (
+            "Auto",
+            "unknown backend 'Auto'; did you mean 'auto'? known: auto, cuda, null, opencl, opencl-tvm, reference, tvm",
+        ),
+        ("zzz", "unknown backend 'zzz'; known: auto, cuda, null, opencl, opencl-tvm, reference, tvm"),
+        ("", "unknown backend ''; known: auto, cuda, null, opencl, opencl-tvm, reference, tvm"),
     ],
 )
 def test_unknown_name(name: str, text: str) -> None:
@@ -299,7 +303,7 @@ def test_malformed_metadata_harms_nobody(install: Install) -> None:
 def test_allow_list(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("acme-a", "a", GOOD.format(order=None), site="a")
     install("acme-b", "b", GOOD.format(order=None), site="b")
-    own = ["null", "opencl", "opencl-tvm", "reference", "tvm"]
+    own = ["cuda", "null", "opencl", "opencl-tvm", "reference", "tvm"]
     monkeypatch.setenv("POLYKERN_BACKENDS", "")
     assert [e.name for e in list_backends()] == own
     with pytest.raises(UsageError, match=r"^backend 'a' is switched off by POLYKERN_BACKENDS='': add a to it$"):

@@ -66,6 +66,11 @@ def describe() -> dict[str, Any]:
         return {"path": path, "problem": str(error)}
 
 
+def is_architecture(text: str) -> bool:
+    """Whether a target is one of ours, "cuda:90", rather than a kind that TVM generates source for, "cuda"."""
+    return text.startswith(("cuda:", "hip:"))
+
+
 def parse(text: str) -> Target:
     """`cuda:90`, `hip:gfx942`, as `runtime compile --target` takes them."""
     kind, _, arch = text.partition(":")

@@ -52,7 +52,7 @@ def run(args: Namespace, out: Output) -> int:
     from ..progress import ProgressBars
     from ..settings import Settings
 
-    is_binary = args.target.partition(":")[0] in ("cuda", "hip") and ":" in args.target
+    is_binary = aot.is_architecture(args.target)
     target = aot.parse(args.target) if is_binary else targets.parse(args.target)
     with ProgressBars() as progress, Folder(Path(args.output), args.force) as folder:
         path = resolve(args.model, progress)
