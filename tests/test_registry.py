@@ -93,7 +93,7 @@ def test_own_backends_are_listed_first_and_lazily(install: Install) -> None:
         ("tvm", "polykern"),
         ("a_first", "acme-npu"),
     ]
-    assert entries[3].value == "polykern.backends.reference:provider"
+    assert entries[4].value == "polykern.backends.reference:provider"
     assert not [m for m in sys.modules if m.startswith("plugin_") and m.endswith("acme_npu")]
 
 
