@@ -2,7 +2,7 @@
 
 "normal"   standard normal activations, random quants, scales around 0.02
 "integer"  small integers with exact partial sums: bit-equal results in any order, in int8 too (each block of 32
-           activations holds a +-127, so its scale is 1)
+           activations holds a +-127, so its scale is 1) and in bfloat16 (no number has more than 8 bits)
 "outlier"  normal, with one channel a thousand times larger
 "cancel"   the second half of K repeats the first with the sign turned, to a thousandth: results near 0 from large terms
 "zeros"    one block of activations and the scales of one block of weights are 0 (a scale to divide by that is 0)
@@ -86,7 +86,10 @@ def random_weight(rng: np.random.Generator, name: str, out_features: int, in_fea
             if fill == "zeros":
                 data[:, -1:] = 0
         elif field.kind == "subscale" and field.dtype == "i1":
-            data = rng.integers(-16, 17, shape).astype("i1")
+            limit = 8 if fill == "integer" else 16
+            data = rng.integers(-limit, limit + 1, shape).astype("i1")
+        elif field.kind == "subscale" and fill == "integer":  # 6 bits packed: scales up to 3
+            data = rng.integers(0, 256, shape, np.uint8) & np.repeat(np.array([0x03, 0x3F, 0xF3], np.uint8), 4)
         elif field.kind in ("quants", "high") and fill == "extreme":
             patterns = np.array([0x00, 0xFF, 0x80, 0x7F], np.uint8)
             data = np.broadcast_to(patterns[np.arange(out_features) % 4, None, None], shape).copy()

@@ -1,7 +1,267 @@
-"""gemm: no kernels yet."""
+"""gemm and the ops fused with it: norm before it, residual or GLU after it.
+
+Up to GEMV_ROWS rows of x go through `gemv`, in float32. More go through `prepare`, which norms and rounds them once,
+and `gemm`: bfloat16 on tensor cores in `fast`, float32 in `exact`. Where programs are too few for the device, each
+takes a part of K, and `add_parts` ends the product; so it does where gate and up, of different formats, are two.
+"""
 
 from __future__ import annotations
 
-from .launch import OpKernel
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
-KERNELS: list[OpKernel] = []
+from ...kernels.op import Numerics, Signature
+from ...kernels.quant import FORMATS
+from ...kernels.spi import BoundCall
+from ..products import halves_of
+from . import formats
+from .launch import (
+    FUNCTION_ULP,
+    Argument,
+    Launch,
+    OpKernel,
+    Planner,
+    Pointer,
+    Target,
+    cdiv,
+    launch,
+    place,
+    pointer,
+    power_of_two,
+    room,
+    weight_arguments,
+)
+
+GEMV_ROWS = 4
+WARPS_PER_UNIT = 16  # that a multiprocessor should have at least, to have loads enough under way
+BFLOAT_ARCH = 80  # NVIDIA GPUs before it have no bfloat16 in their tensor cores
+
+
+def _numerics(target: Target, signature: Signature) -> Numerics:
+    rows, k = signature.tensors["x"].shape
+    is_fast = signature.attrs["precision"] == "fast"
+    if rows > GEMV_ROWS:
+        # A matrix instruction adds 8 to 16 products at a time and may cut off where float32 would round.
+        return Numerics("f32", k // 4 + 32, "bf16", FUNCTION_ULP) if _is_bfloat(target, signature) else _plain(k + 32)
+    formats_read = {kind.dtype for kind in signature.tensors.values() if kind.dtype in FORMATS}
+    depth = 32 + max(2 * cdiv(cdiv(k, _unit(dtype)), 8) for dtype in formats_read)
+    if is_fast and any(dtype in formats.LAYOUTS for dtype in formats_read):
+        return Numerics("f32", depth, "int8", FUNCTION_ULP, 127)
+    return _plain(depth)
+
+
+def _plain(depth: int) -> Numerics:
+    return Numerics("f32", depth, "f32", FUNCTION_ULP)
+
+
+def _is_bfloat(target: Target, signature: Signature) -> bool:
+    return signature.attrs["precision"] == "fast" and (target.kind != "cuda" or int(target.arch) >= BFLOAT_ARCH)
+
+
+def _bind(planner: Planner, call: BoundCall) -> Sequence[Launch]:
+    ways = _few(planner, call) if call.tensors["x"].shape[0] <= GEMV_ROWS else _many(planner, call)
+    shapes = {name: tensor.shape for name, tensor in call.tensors.items()}
+    dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()}
+    return planner.choose((call.op, shapes, dtypes, call.attrs["precision"]), ways)
+
+
+def _few(planner: Planner, call: BoundCall) -> list[list[Launch]]:
+    """Ways to multiply few rows; in `fast` they may round x to int8."""
+    return [_gemv(planner, call)]
+
+
+def _many(planner: Planner, call: BoundCall) -> list[list[Launch]]:
+    return [_gemm(planner, call, tile) for tile in _tiles(planner.target, call)]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """How a product is taken apart: into weights read together ("w", or gate and up), and `splits` of K. Its sums lie
+    in scratch memory, [splits, weights, rows, n], if there are several."""
+
+    planner: Planner
+    call: BoundCall
+    splits: int
+
+    @property
+    def passes(self) -> list[list[str]]:
+        return _passes(self.call)
+
+    @property
+    def is_split(self) -> bool:
+        return self.splits > 1 or len(self.passes) > 1
+
+    @property
+    def stride(self) -> int:
+        """Elements between the sums of two splits."""
+        rows, n = self.call.tensors["y"].shape
+        return sum(map(len, self.passes)) * rows * n
+
+    def sums(self, number: int = 0) -> Pointer:
+        """Of the pass `number`; any address where nothing is split."""
+        if not self.is_split:
+            return pointer(self.call.tensors["y"])
+        rows, n = self.call.tensors["y"].shape
+        found = room(self.planner, "sums", self.splits * self.stride * 4)
+        return replace(found, offset=number * rows * n * 4)
+
+    def squares(self) -> Pointer:
+        """[splits, rows], of x."""
+        if not self.is_split:
+            return pointer(self.call.tensors["y"])
+        return room(self.planner, "squares", self.splits * self.call.tensors["y"].shape[0] * 4)
+
+    def end(self, has_squares: bool) -> list[Launch]:
+        """What ends a product whose sums are split."""
+        if not self.is_split:
+            return []
+        (rows, k), n = self.call.tensors["x"].shape, self.call.tensors["y"].shape[1]
+        arguments, constants = _epilogue(self.call)
+        block = power_of_two(n) if self.planner.target.is_interpreted else 256
+        arguments = {
+            "sums": self.sums(), "squares": self.squares(), **arguments, "rows": rows, "n": n, "k": k,
+            "splits": self.splits, "eps": float(self.call.attrs.get("eps", 0.0)),
+        }  # fmt: skip
+        constants = {"NORM": int(has_squares), **constants, "BLOCK": block}
+        return [launch("epilogue", "add_parts", (cdiv(n, block), rows), arguments, constants)]
+
+
+def _passes(call: BoundCall) -> list[list[str]]:
+    if "w" in call.tensors:
+        return [["w"]]
+    return [["w_gate"], ["w_up"]] if halves_of(call.signature) else [["w_gate", "w_up"]]
+
+
+def _epilogue(call: BoundCall) -> tuple[dict[str, Argument], dict[str, Any]]:
+    y, bias = call.tensors["y"], call.tensors.get("bias")
+    constants = {
+        "GLU": call.attrs.get("kind", ""), "BIASED": int(bias is not None), "ADD": int(call.op == "gemm_add"),
+    }  # fmt: skip
+    return {"bias": pointer(bias or y), **place("y", y)}, constants
+
+
+def _norm(call: BoundCall) -> dict[str, float]:
+    return {"eps": float(call.attrs.get("eps", 0.0)), "offset": float(call.attrs.get("weight_offset", 0.0))}
+
+
+def _reading(call: BoundCall, names: list[str]) -> tuple[dict[str, Argument], dict[str, Any]]:
+    """Arguments and constants of the weights of a pass."""
+    first, last = call.tensors[names[0]], call.tensors[names[-1]]
+    arguments = {**weight_arguments("w", first), **weight_arguments("u", last)}
+    return arguments, formats.constants(FORMATS[first.dtype])
+
+
+def _gemv(planner: Planner, call: BoundCall) -> list[Launch]:
+    x, n = call.tensors["x"], call.tensors["y"].shape[1]
+    rows, k = x.shape
+    passes = _passes(call)
+    shapes = [_gemv_shape(planner.target, call.tensors[one[0]].dtype, n, k, rows, len(one)) for one in passes]
+    parts = _Parts(planner, call, max(splits for _, _, splits in shapes))
+    ending, how = _epilogue(call)
+    launches: list[Launch] = []
+    for number, (names, (repeat, warps, _)) in enumerate(zip(passes, shapes, strict=True)):
+        weights, constants = _reading(call, names)
+        dtype = call.tensors[names[0]].dtype
+        unit, (lanes, across) = _unit(dtype), _lanes(planner.target, dtype, n, repeat)
+        arguments = {
+            **place("x", x), "norm": pointer(call.tensors.get("weight", x)), **weights, **ending,
+            "sums": parts.sums(number), "sums_stride": parts.stride, "squares": parts.squares(), "rows": rows, "n": n,
+            "k": k, "steps": cdiv(cdiv(k, unit * across * warps), parts.splits), **_norm(call),
+        }  # fmt: skip
+        constants = {
+            "NORM": int("weight" in call.tensors), **how, "GLU": how["GLU"] if len(names) > 1 else "",
+            "SPLIT": int(parts.is_split), **constants, "UNIT": unit, "ROWS": power_of_two(rows), "REPEAT": repeat,
+            "WARPS": warps, "LANES": lanes, "ACROSS": across,
+        }  # fmt: skip
+        grid = (cdiv(n, repeat * lanes), parts.splits)
+        launches.append(launch("gemv", "gemv", grid, arguments, constants, warps, stages=1))
+    return [*launches, *parts.end("weight" in call.tensors)]
+
+
+def _unit(dtype: str) -> int:
+    """Columns of a weight that one thread reads at once."""
+    return 4 if dtype in formats.FLOAT_BYTES else formats.BLOCK
+
+
+def _lanes(target: Target, dtype: str, n: int, repeat: int) -> tuple[int, int]:
+    """Rows of w, and units side by side, 128 bytes, that a warp reads at once."""
+    across = 16 if formats.FLOAT_BYTES.get(dtype) == 2 else 8
+    if target.is_interpreted:
+        return power_of_two(min(256, cdiv(n, repeat))), across
+    return (64 if target.kind == "hip" else 32) // across, across
+
+
+def _gemv_shape(target: Target, dtype: str, n: int, k: int, rows: int, weights: int) -> tuple[int, int, int]:
+    """Tiles of rows in a program, warps, and splits of K."""
+    lanes, across = _lanes(target, dtype, n, 2)
+    units = cdiv(k, _unit(dtype))
+    if target.is_interpreted:  # a split where that is possible, so that it is proven
+        return 2, 1, 2 if units > across else 1
+    enough = target.multiprocessors * WARPS_PER_UNIT
+    repeat = 4 if weights * rows == 1 else 2 if weights * rows <= 4 else 1
+    while repeat > 1 and cdiv(n, repeat * lanes) * 8 < enough:
+        repeat //= 2
+    programs = cdiv(n, repeat * lanes)
+    warps = min(4 if programs * 4 >= enough else 8, power_of_two(cdiv(units, across)))
+    splits = min(cdiv(units, across * warps), cdiv(enough, 2 * programs * warps))
+    return repeat, warps, splits
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Of `gemm`: rows of x, rows of w, blocks of 32 columns."""
+
+    m: int
+    n: int
+    blocks: int
+    warps: int
+    stages: int
+
+
+def _tiles(target: Target, call: BoundCall) -> list[_Tile]:
+    rows, weights = call.tensors["x"].shape[0], len(_passes(call)[0])
+    if target.is_interpreted:
+        return [_Tile(32, 128, 2, 1, 1)]
+    if not _is_bfloat(target, call.signature):
+        return [_Tile(min(64, power_of_two(rows)), 64, 1, 8, 2)]
+    if rows <= 32:
+        return [_Tile(max(16, power_of_two(rows)), 64, 4, 4, 3)]
+    if rows <= 64:
+        return [_Tile(64, 128 // weights, 2, 4, 3)]
+    return [_Tile(128, 128 // weights, 2, 8, 3)]
+
+
+def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
+    target, x, n = planner.target, call.tensors["x"], call.tensors["y"].shape[1]
+    rows, k = x.shape
+    is_rounded = _is_bfloat(target, call.signature)
+    rounding = 0 if not is_rounded else 2 if target.is_interpreted else 1
+    steps = cdiv(k, 32 * tile.blocks)
+    width = steps * 32 * tile.blocks
+    z = room(planner, "normed", rows * width * 4, "bf16" if rounding == 1 else "fp32")
+    numbers = {"width": width, "k": k, **_norm(call)}
+    norm = {"norm": pointer(call.tensors.get("weight", x)), "z": z}
+    block = power_of_two(width) if target.is_interpreted else 1024
+    constants = {"NORM": int("weight" in call.tensors), "ROUND": rounding, "BLOCK": block}
+    launches = [launch("gemm", "prepare", (rows,), {**place("x", x), **norm, **numbers}, constants)]
+
+    programs = cdiv(rows, tile.m) * cdiv(n, tile.n)
+    splits = min(steps, 2 if target.is_interpreted else max(1, target.multiprocessors // programs))
+    parts = _Parts(planner, call, splits)
+    ending, how = _epilogue(call)
+    for number, names in enumerate(parts.passes):
+        weights, constants = _reading(call, names)
+        arguments = {
+            "z": z, "width": width, **weights, **ending, "sums": parts.sums(number), "sums_stride": parts.stride,
+            "rows": rows, "n": n, "k": k, "steps": cdiv(steps, splits),
+        }  # fmt: skip
+        constants = {
+            **how, "GLU": how["GLU"] if len(names) > 1 else "", "SPLIT": int(parts.is_split), **constants,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_B": tile.blocks, "GROUP": 8, "ROUND": rounding,
+        }  # fmt: skip
+        launches.append(launch("gemm", "gemm", (programs, splits), arguments, constants, tile.warps, tile.stages))
+    return [*launches, *parts.end(False)]
+
+
+KERNELS = [OpKernel(op, _numerics, _bind) for op in ("gemm", "gemm_add", "rms_norm_gemm", "rms_norm_gemm_glu")]

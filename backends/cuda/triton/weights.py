@@ -10,27 +10,114 @@ import triton.language as tl
 
 
 @triton.jit
-def quants(w_quants, w_high, at, mask, BITS: tl.constexpr, OFFSET: tl.constexpr):
-    """Whole numbers of the blocks `at`, int64 [R, B] (row * blocks + block), as float32 lo, hi [R, B, 16]."""
-    i = tl.arange(0, 16)[None, None, :]
-    if BITS == 8:
-        first = w_quants + at[:, :, None] * 32 + i
-        lo = tl.load(first, mask=mask[:, :, None], other=0).to(tl.int32)
-        hi = tl.load(first + 16, mask=mask[:, :, None], other=0).to(tl.int32)
-    else:
-        both = tl.load(w_quants + at[:, :, None] * 16 + i, mask=mask[:, :, None], other=0).to(tl.int32)
-        lo = both & 15
-        hi = both >> 4
+def bits_of_two23(length):
+    """0x4B000000, 2**23 as a float32, for any length: the compiler does not know that, and keeps it in a register. One
+    operation can mask a word with a constant and add a register's bits, but not those of a second constant."""
+    return tl.where(length > 0, 0x4B000000, 0)
+
+
+@triton.jit
+def _number(bits, two23, POSITION: tl.constexpr, OFFSET: tl.constexpr):
+    """Whole numbers below 128, at `bits` << POSITION (at most 16) with zeros around, less OFFSET, as float32.
+
+    They become the low bits of a float32 between 2**23 and 2**24, exactly: one operation on the integer pipe and one
+    fused multiply-add, where shift, mask and conversion take three on pipes of half and a quarter of the rate (CUDA C++
+    Programming Guide 12.9, table 5).
+    """
+    number = (bits | two23).to(tl.float32, bitcast=True)
+    return number * (0.5**POSITION) - (2.0 ** (23 - POSITION) + OFFSET)
+
+
+@triton.jit
+def _nibbles(word, high, two23, BYTE: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """Of the words [..., 4] of blocks, the columns 4 i + BYTE of a half of 16, with their upper bits of `high`."""
+    POSITION: tl.constexpr = 8 * BYTE + 4 * HALF if 8 * BYTE + 4 * HALF <= 16 else 8 * BYTE + 4 * HALF - 12
+    if 8 * BYTE + 4 * HALF > 16:
+        word = word >> 12
+    bits = word & (15 << POSITION)
+    column = tl.arange(0, 4) * 4 + BYTE
     if BITS == 5:
-        high = tl.load(w_high + at, mask=mask, other=0)[:, :, None]
-        lo = lo | (((high >> i) & 1) << 4).to(tl.int32)
-        hi = hi | (((high >> (i + 16)) & 1) << 4).to(tl.int32)
+        bits = bits | (((high >> (column + 16 * HALF)) & 1) << (POSITION + 4))
     if BITS == 6:
-        first = tl.load(w_high + at * 2, mask=mask, other=0)[:, :, None]
-        second = tl.load(w_high + at * 2 + 1, mask=mask, other=0)[:, :, None]
-        lo = lo | (((first >> (2 * i)) & 3) << 4).to(tl.int32)
-        hi = hi | (((second >> (2 * i)) & 3) << 4).to(tl.int32)
-    return (lo - OFFSET).to(tl.float32), (hi - OFFSET).to(tl.float32)
+        bits = bits | (((high >> (2 * column)) & 3) << (POSITION + 4))
+    return _number(bits, two23, POSITION, OFFSET)
+
+
+@triton.jit
+def _byte(word, two23, BYTE: tl.constexpr):
+    """Of the words [..., 4] of half blocks of signed bytes, with their signs turned, the columns 4 i + BYTE."""
+    POSITION: tl.constexpr = 8 * (BYTE % 2)
+    if BYTE >= 2:
+        word = word >> 16
+    return _number(word & (255 << POSITION), two23, POSITION, 128)
+
+
+@triton.jit
+def _columns(first, second, third, fourth):
+    """Columns 4 i, 4 i + 1, 4 i + 2 and 4 i + 3, [..., 4] each, in order: [..., 16]. Moves nothing between threads."""
+    both = tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.reshape(both, both.shape[:-3] + [16])
+
+
+@triton.jit
+def packed(
+    w_quants, w_high, w_scales, w_supers, at, mask,
+    BITS: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """What memory holds of the blocks `at`, int64 [...] (row * blocks + block): for `quants` and `scales`.
+
+    A thread reads 16 bytes of quants at once and holds all columns of its blocks.
+    """
+    words = w_quants.to(tl.pointer_type(tl.uint32), bitcast=True)
+    i = tl.arange(0, 4)
+    mask_of_words = tl.expand_dims(mask, -1)
+    if BITS == 8:
+        first = words + tl.expand_dims(at, -1) * 8 + i
+        lo = tl.load(first, mask=mask_of_words, other=0)
+        hi = tl.load(first + 4, mask=mask_of_words, other=0)
+    else:
+        lo = tl.load(words + tl.expand_dims(at, -1) * 4 + i, mask=mask_of_words, other=0)
+        hi = lo
+    high_lo = at
+    if BITS == 5:
+        high_lo = tl.load(w_high + at, mask=mask, other=0)
+    if BITS == 6:
+        high_lo = tl.load(w_high + at * 2, mask=mask, other=0)
+        high_hi = tl.load(w_high + at * 2 + 1, mask=mask, other=0)
+    else:
+        high_hi = high_lo
+    scale = tl.load(w_scales + at, mask=mask, other=0)
+    if IS_SUPER:
+        above = tl.load(w_supers + at // 8, mask=mask, other=0)
+    else:
+        above = scale
+    return lo, hi, high_lo, high_hi, scale, above
+
+
+@triton.jit
+def some_quants(tile, two23, BYTE: tl.constexpr, HALF: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """Whole numbers of what `packed` returned, float32 [..., 4]: columns 4 i + BYTE of lo (HALF 0) or hi (HALF 1)."""
+    lo, hi, high_lo, high_hi, _, _ = tile
+    if BITS == 8:
+        numbers = _byte((hi if HALF else lo) ^ 0x80808080, two23, BYTE)
+    else:
+        high = tl.expand_dims(high_hi if HALF else high_lo, -1)
+        numbers = _nibbles(lo, high, two23, BYTE, HALF, BITS, OFFSET)
+    return numbers
+
+
+@triton.jit
+def quants(tile, two23, BITS: tl.constexpr, OFFSET: tl.constexpr):
+    """Whole numbers of what `packed` returned, as float32 lo, hi [..., 16]."""
+    lo = _columns(
+        some_quants(tile, two23, 0, 0, BITS, OFFSET), some_quants(tile, two23, 1, 0, BITS, OFFSET),
+        some_quants(tile, two23, 2, 0, BITS, OFFSET), some_quants(tile, two23, 3, 0, BITS, OFFSET),
+    )  # fmt: skip
+    hi = _columns(
+        some_quants(tile, two23, 0, 1, BITS, OFFSET), some_quants(tile, two23, 1, 1, BITS, OFFSET),
+        some_quants(tile, two23, 2, 1, BITS, OFFSET), some_quants(tile, two23, 3, 1, BITS, OFFSET),
+    )  # fmt: skip
+    return lo, hi
 
 
 @triton.jit
@@ -40,11 +127,10 @@ def half(word):
 
 
 @triton.jit
-def scales(w_scales, w_supers, at, mask, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr):
-    """Scale of lo, scale of hi, and minimum of the blocks `at`: float32 [R, B] each."""
-    word = tl.load(w_scales + at, mask=mask, other=0)
+def scales(tile, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr):
+    """Scale of lo, scale of hi, and minimum of what `packed` returned: float32 [...] each."""
+    _, _, _, _, word, above = tile
     if IS_SUPER:
-        above = tl.load(w_supers + at // 8, mask=mask, other=0)
         scale = half(above)
         if HALVES:
             lo = scale * (word & 0xFF).to(tl.int8, bitcast=False).to(tl.float32)
@@ -84,8 +170,9 @@ def weights(
         lo, hi = floats(w_quants, rows, columns, blocks, mask)
     else:
         at = rows[:, None] * (columns // 32) + blocks[None, :]
-        lo, hi = quants(w_quants, w_high, at, mask, BITS, OFFSET)
-        scale_lo, scale_hi, minimum = scales(w_scales, w_supers, at, mask, HAS_MIN, IS_SUPER, HALVES)
+        tile = packed(w_quants, w_high, w_scales, w_supers, at, mask, BITS, HAS_MIN, IS_SUPER, HALVES)
+        lo, hi = quants(tile, bits_of_two23(columns), BITS, OFFSET)
+        scale_lo, scale_hi, minimum = scales(tile, HAS_MIN, IS_SUPER, HALVES)
         lo = lo * scale_lo[:, :, None] + minimum[:, :, None]
         hi = hi * scale_hi[:, :, None] + minimum[:, :, None]
     return lo, hi
