@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,54 +11,88 @@ from ...kernels.op import NUMPY_DTYPES, Numerics, Signature
 from ...kernels.spi import BoundCall
 from .launch import FUNCTION_ULP, Launch, OpKernel, Planner, Target, cdiv, launch, place, pointer, power_of_two, room
 
-BLOCK_BYTES = 16384  # of keys under way at a time, and as much of values
-LONGEST_BLOCK = 64
-LARGEST_TILE = 128
 DECODE_PER_UNIT = 2  # programs that a multiprocessor holds at once
 INTERPRETED_UNITS = 8  # as many as it takes for keys to come in parts
 
 
 @dataclass(frozen=True)
-class Tiling:
-    """How a call is cut: `rows` of (token, query head of a kv head) in a tile of block_m, `parts` of the keys in blocks
-    of block_n; `longest` keys are in a part."""
+class Tile:
+    """`block_m` rows by `block_n` keys, padded to powers of two."""
 
+    block_m: int
+    block_n: int
+    warps: int
+    stages: int
+
+    def shared_bytes(self, block_d: int, element: int) -> int:
+        """Of queries, keys and values under way, and weights."""
+        under_way = (self.stages - 1) * 2 * self.block_n * element
+        return block_d * (self.block_m * 4 + under_way) + self.block_m * self.block_n * 4
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut: `rows` of (token, query head of a kv head) in each of `tiles`, and `parts` of the keys, each
+    of `longest` at most."""
+
+    function: str
+    tile: Tile
+    block_d: int
     rows: int
     tiles: int
     parts: int
     longest: int
-    block_m: int
-    block_n: int
-    block_d: int
-    warps: int
-    stages: int
 
 
-def _tiling(target: Target, signature: Signature) -> Tiling:
+def _decode_tile(target: Target, group: int, row: int) -> Tile:
+    """16 kB of keys at a time and as much of values, and three times that under way; half where a multiprocessor cannot
+    hold two such programs."""
+    size = 16384 if target.shared_bytes >= 160 * 1024 else 8192
+    block_n = min(64, max(16, size // row))
+    return Tile(max(16, power_of_two(group)), block_n, 4, 2 if target.kind == "hip" else 3)
+
+
+def _prefill_tile(target: Target, block_d: int, element: int) -> Tile:
+    """The largest that compiles without spills (counted for cuda:80, 90, 100 and hip:gfx942) and fits."""
+    row = block_d * element
+    if target.kind == "hip":
+        return Tile(64 if row <= 512 else 32, 32 if row <= 256 else 16, 4, 2)
+    major = 9 if target.is_interpreted else int(target.arch) // 10
+    if row <= 256:
+        sizes = [(128, 64 if major >= 9 else 32, 8), (64, 32, 4), (32, 32, 4)]
+    elif row <= 512:
+        # Hopper's own products, which take tiles of 64, leave it too few registers.
+        sizes = [(32, 32 if element == 2 else 16, 4), (32, 16, 4)]
+        if major != 9 and element == 2:
+            sizes = [(64, 32, 8), *sizes]
+    else:
+        sizes = [(16, 16, 4)]
+    tiles = [Tile(m, n, warps, stages) for m, n, warps in sizes for stages in (3, 2)]
+    return next((x for x in tiles if x.shared_bytes(block_d, element) <= target.shared_bytes), tiles[-1])
+
+
+def _plan(target: Target, signature: Signature) -> Plan:
     tensors = signature.tensors
     tokens, heads, head_dim = tensors["q"].shape
     _, kv_heads, page_size, _ = tensors["k_pages"].shape
     sequences, max_pages = tensors["block_table"].shape
     group, block_d = heads // kv_heads, max(16, power_of_two(head_dim))
     element = max(np.dtype(NUMPY_DTYPES[tensors[name].dtype]).itemsize for name in ("k_pages", "v_pages"))
-    block_n = min(LONGEST_BLOCK, max(16, BLOCK_BYTES // (block_d * element)))
-    # one token of each sequence: no two share keys
-    is_decode = tokens <= sequences
-    most = max(16, min(LARGEST_TILE, 128 * 128 // block_d))
-    rows = group if is_decode else min(tokens, max(1, most // group)) * group
-    rows = min(rows, most)
+    keys, units = max_pages * page_size, INTERPRETED_UNITS if target.is_interpreted else target.multiprocessors
+    # as many sequences: one token of each, no two of which share keys
+    is_decode = tokens <= sequences and group <= 64
+    if is_decode:
+        tile, rows = _decode_tile(target, group, block_d * element), group
+        keys, units = min(keys, signature.attrs["window"] or keys), units * DECODE_PER_UNIT
+    else:
+        tile = _prefill_tile(target, block_d, element)
+        rows = min(tile.block_m, min(tokens, max(1, tile.block_m // group)) * group)
+        if power_of_two(rows) < tile.block_m:
+            tile = replace(tile, block_m=max(16, power_of_two(rows)), warps=4)
     tiles = cdiv(tokens * group, rows)
-    units = (
-        INTERPRETED_UNITS if target.is_interpreted else target.multiprocessors * (DECODE_PER_UNIT if is_decode else 1)
-    )
-    keys = max_pages * page_size
-    if signature.attrs["window"] and is_decode:
-        keys = min(keys, signature.attrs["window"])
-    parts = max(1, min(units // (tiles * kv_heads), cdiv(keys, block_n)))
-    longest = max(block_n, cdiv(keys, 16 * parts) * 16)
-    block_m = max(16, power_of_two(rows))
-    warps = 8 if block_m > 64 else 4
-    return Tiling(rows, tiles, parts, longest, block_m, block_n, block_d, warps, 3)
+    parts = max(1, min(units // (tiles * kv_heads), cdiv(keys, tile.block_n)))
+    function = "attention_decode" if is_decode else "attention_prefill"
+    return Plan(function, tile, block_d, rows, tiles, parts, max(tile.block_n, cdiv(keys, 16 * parts) * 16))
 
 
 def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
@@ -66,7 +100,7 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
     tokens, heads, head_dim = tensors["q"].shape
     pages, kv_heads, page_size, _ = tensors["k_pages"].shape
     sequences, max_pages = tensors["block_table"].shape
-    x = _tiling(target, call.signature)
+    x = _plan(target, call.signature)
     parts = {
         "part_tops": room(planner, "attention_tops", tokens * heads * x.parts * 4),
         "part_norms": room(planner, "attention_norms", tokens * heads * x.parts * 4),
@@ -85,10 +119,10 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
         "GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "PAGE": page_size,
         "K_HALF": int(tensors["k_pages"].dtype == "f16"), "V_HALF": int(tensors["v_pages"].dtype == "f16"),
         "HAS_CAP": int(cap > 0), "HAS_WINDOW": int(attrs["window"] > 0), "ROWS": x.rows, "PARTS": x.parts,
-        "BLOCK_M": x.block_m, "BLOCK_N": x.block_n, "BLOCK_D": x.block_d, "PRECISION": _precision(target),
+        "BLOCK_M": x.tile.block_m, "BLOCK_N": x.tile.block_n, "BLOCK_D": x.block_d, "PRECISION": _precision(target),
     }  # fmt: skip
     grid = (x.tiles, kv_heads, x.parts)
-    launches = [launch("attention", "attention_tiles", grid, arguments, constants, x.warps, x.stages)]
+    launches = [launch("attention", x.function, grid, arguments, constants, x.tile.warps, x.tile.stages)]
     if x.parts > 1:
         arguments = {**place("y", tensors["y"]), **parts, "seq_ids": pointer(tensors["seq_ids"]), "heads": heads}
         constants = {"HEAD_DIM": head_dim, "PARTS": x.parts, "BLOCK_P": power_of_two(x.parts), "BLOCK_D": x.block_d}
@@ -102,9 +136,9 @@ def _precision(target: Target) -> str:
 
 
 def _numerics(target: Target, signature: Signature) -> Numerics:
-    x = _tiling(target, signature)
+    x = _plan(target, signature)
     products = 3 if _precision(target) == "tf32x3" else 2
-    keys = products * x.longest + cdiv(x.longest, x.block_n) + (x.parts if x.parts > 1 else 0)
+    keys = products * x.longest + cdiv(x.longest, x.tile.block_n) + (x.parts if x.parts > 1 else 0)
     return Numerics("f32", max(products * signature.tensors["q"].shape[2], keys), "f32", FUNCTION_ULP)
 
 

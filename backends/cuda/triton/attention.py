@@ -54,21 +54,42 @@ def part_of(begin, end, part, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
+def load_query(
+    q, q_stride, token, head, mask, factor,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, K_HALF: tl.constexpr,
+):  # fmt: skip
+    """Queries of (token, head) [M], in two halves for float16 keys, and what scores are to be multiplied by [M]."""
+    d = tl.arange(0, BLOCK_D)
+    at = token.to(tl.int64)[:, None] * q_stride + (head * HEAD_DIM)[:, None] + d[None, :]
+    query = tl.load(q + at, mask=mask, other=0.0)
+    low = query
+    factors = tl.full([query.shape[0]], 1.0, tl.float32) * factor
+    if K_HALF:
+        query, down = into_range(query)
+        factors = factors * down
+        query, low = halves(query)
+    return query, low, factors
+
+
+@triton.jit
 def over_keys(
-    q, q_low, factor, first, last, begin, end, table, k_pages, k_stride, v_pages, v_stride, head, pages, cap,
+    q, q_low, factors, first, last, begin, end, table, k_pages, k_stride, v_pages, v_stride, head, pages, cap,
     top, norm, sums,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr, HAS_CAP: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Keys begin to end - 1 of one sequence, its pages in `table`, for rows that see their keys first to last [M].
+    """Keys begin to end - 1 of one sequence, its pages in `table`, for rows that see of them first to last [M].
 
-    A key whose page does not exist makes NaN of the rows that see it. Before exp2, scores are (q @ k) * factor, or
-    tanh of that times `cap`.
+    Before exp2, scores are (q @ k) * factors, or tanh of that times `cap`. Keys that do not exist are zeros.
     """
     d = tl.arange(0, BLOCK_D)
+    key = begin + tl.arange(0, BLOCK_N)
+    page = tl.load(table + key // PAGE, mask=key < end, other=-1)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
-        page = tl.load(table + key // PAGE, mask=key < end, other=-1)
+        # Read a block ahead, or what keeps keys and values under way would have to wait for pages first.
+        ahead = key + BLOCK_N
+        page_ahead = tl.load(table + ahead // PAGE, mask=ahead < end, other=-1)
         is_there = (page >= 0) & (page < pages)
         mask = is_there[:, None] & (d < HEAD_DIM)[None, :]
         page = page.to(tl.int64)
@@ -77,10 +98,12 @@ def over_keys(
         v = tl.load(v_pages + (page * v_stride)[:, None] + inside, mask=mask, other=0.0)
         scores = tl.full([q.shape[0], BLOCK_N], 0.0, tl.float32)
         scores = product(q, q_low, tl.trans(k), scores, K_HALF, PRECISION)
-        scores = scores * factor[:, None] + tl.where(is_there, 0.0, float("nan"))[None, :]
+        scores = scores * factors[:, None]
         if HAS_CAP:
             scores = cap * tanh(scores)
-        is_seen = (key[None, :] >= first[:, None]) & (key[None, :] <= last[:, None])
+        is_seen = key[None, :] <= last[:, None]
+        if HAS_WINDOW:
+            is_seen = is_seen & (key[None, :] >= first[:, None])
         scores = tl.where(is_seen, scores, float("-inf"))
         next_top = tl.maximum(top, largest(scores, 1))
         # of a row that has seen no key yet: -inf - -inf would be NaN
@@ -93,77 +116,143 @@ def over_keys(
         if V_HALF:
             high, low = halves(weights)
         sums = product(high, low, v, sums * shrink[:, None], V_HALF, PRECISION)
+        page = page_ahead
     return top, norm, sums
 
 
 @triton.jit
-def attention_tiles(
+def lacks_keys(first, last, begin, end, table, pages, PAGE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many pages of the keys begin to end - 1 do not exist although rows that see first to last [M] need them."""
+    lost = first * 0
+    for start in range(begin // PAGE, (end + PAGE - 1) // PAGE, BLOCK_N):
+        at = start + tl.arange(0, BLOCK_N)
+        page = tl.load(table + at, mask=at * PAGE < end, other=0)
+        is_lost = (page < 0) | (page >= pages)
+        is_needed = (at[None, :] * PAGE <= last[:, None]) & (first[:, None] - at[None, :] * PAGE < PAGE)
+        lost += total((is_lost[None, :] & is_needed).to(tl.int32), 1)
+    return lost
+
+
+@triton.jit
+def store(
+    y, y_stride, part_tops, part_norms, part_sums, token, query_head, heads, part, is_padding, mask, is_row,
+    top, norm, sums,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """y of the rows (token, query_head) [M], or if there are several parts what attention_merge needs of this one."""
+    d = tl.arange(0, BLOCK_D)
+    token = token.to(tl.int64)
+    if PARTS == 1:
+        result = tl.where(is_padding[:, None], 0.0, sums / norm[:, None])
+        tl.store(y + token[:, None] * y_stride + (query_head * HEAD_DIM)[:, None] + d[None, :], result, mask=mask)
+    else:
+        at = (token * heads + query_head) * PARTS + part
+        tl.store(part_tops + at, top, mask=is_row)
+        tl.store(part_norms + at, norm, mask=is_row)
+        tl.store(part_sums + at[:, None] * HEAD_DIM + d[None, :], sums, mask=mask & (norm != 0.0)[:, None])
+
+
+@triton.jit
+def attention_decode(
     q, q_stride, k_pages, k_pages_stride, v_pages, v_pages_stride, block_table, block_table_stride, seq_ids, positions,
-    y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap,
-    window,
+    y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap, window,
     GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
     HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Rows of a tile (ROWS of the tokens * GROUP, kv head) over a part of the keys: y, or with more than one part its
-    top score, total weight and weighted sum of values: [tokens, heads, PARTS] and [tokens, heads, PARTS, D]."""
+    """The query heads of (token, kv head) over a part of the keys. [tokens, kv_heads, PARTS], ROWS = GROUP."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    part = tl.program_id(2)
+    i = tl.arange(0, BLOCK_M)
+    token_of = token + i * 0
+    query_head = head * GROUP + i
+    is_row = i < GROUP
+    mask = is_row[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
+    seq = tl.load(seq_ids + token)
+    position = tl.load(positions + token)
+    query, query_low, factors = load_query(q, q_stride, token_of, query_head, mask, factor, HEAD_DIM, BLOCK_D, K_HALF)
+    is_known = (seq >= 0) & (seq < sequences) & (position >= 0) & (position // PAGE < max_pages)
+    first = 0
+    if HAS_WINDOW:
+        first = tl.maximum(0, position - window + 1)
+    begin, end = part_of(first, tl.where(is_known, position + 1, first), part, PARTS, BLOCK_N)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.full([BLOCK_M], 0.0, tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    table = block_table + seq.to(tl.int64) * block_table_stride
+    first, last = begin + i * 0, end - 1 + i * 0
+    top, norm, sums = over_keys(
+        query, query_low, factors, first, last, begin, end, table,
+        k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, top, norm, sums,
+        HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, False, BLOCK_D, BLOCK_N, PRECISION,
+    )  # fmt: skip
+    is_lost = (lacks_keys(first, last, begin, end, table, pages, PAGE, BLOCK_N) > 0) | ((seq >= 0) & (is_known == 0))
+    norm = tl.where(is_lost, float("nan"), norm)
+    store(
+        y, y_stride, part_tops, part_norms, part_sums, token_of, query_head, kv_heads * GROUP, part, i * 0 + seq < 0,
+        mask, is_row, top, norm, sums, HEAD_DIM, BLOCK_D, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit
+def attention_prefill(
+    q, q_stride, k_pages, k_pages_stride, v_pages, v_pages_stride, block_table, block_table_stride, seq_ids, positions,
+    y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap, window,
+    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of ROWS rows (token, query head of a kv head) over a part of the keys. [tiles, kv_heads, PARTS]."""
     # the last tile first: it may have the most keys
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
     part = tl.program_id(2)
     i = tl.arange(0, BLOCK_M)
-    row = tile * ROWS + i
-    token = row // GROUP
+    token = (tile * ROWS + i) // GROUP
+    query_head = head * GROUP + (tile * ROWS + i) % GROUP
     is_row = (i < ROWS) & (token < tokens)
-    query_head = head * GROUP + row % GROUP
-    d = tl.arange(0, BLOCK_D)
+    mask = is_row[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     seq = tl.load(seq_ids + token, mask=is_row, other=-1)
     position = tl.load(positions + token, mask=is_row, other=-1)
     is_known = (seq >= 0) & (seq < sequences) & (position >= 0) & (position // PAGE < max_pages)
-    last = tl.where(is_known, position, -1)
     first = tl.where(is_known, 0, NOTHING)
     if HAS_WINDOW:
         first = tl.maximum(first, position - window + 1)
-
-    mask = is_row[:, None] & (d < HEAD_DIM)[None, :]
-    at = token.to(tl.int64)[:, None] * q_stride + (query_head * HEAD_DIM)[:, None] + d[None, :]
-    query = tl.load(q + at, mask=mask, other=0.0)
-    query_low = query
-    factors = tl.full([BLOCK_M], 1.0, tl.float32) * factor
-    if K_HALF:
-        query, down = into_range(query)
-        factors = factors * down
-        query, query_low = halves(query)
-
-    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    norm = tl.full([BLOCK_M], 0.0, tl.float32)
-    sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-    # sequence after sequence of those in the tile; the rows of others see none of its keys
+    # Sequence after sequence of those in the tile; the rows of others see none of its keys. First whether they are all
+    # there, while there are registers for it.
+    lost = tl.where((seq >= 0) & (is_known == 0), 1, 0)
     now = smallest(tl.where(is_known, seq, NOTHING), 0)
     while now < sequences:
         is_now = is_known & (seq == now)
         begin = smallest(tl.where(is_now, first, NOTHING), 0)
-        end = largest(tl.where(is_now, last, -1), 0) + 1
+        last = tl.where(is_now, position, -1)
+        table = block_table + now.to(tl.int64) * block_table_stride
+        lost += lacks_keys(first, last, begin, largest(last, 0) + 1, table, pages, PAGE, 16)
+        now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
+    query, query_low, factors = load_query(q, q_stride, token, query_head, mask, factor, HEAD_DIM, BLOCK_D, K_HALF)
+    top = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    norm = tl.full([BLOCK_M], 0.0, tl.float32)
+    sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
+    now = smallest(tl.where(is_known, seq, NOTHING), 0)
+    while now < sequences:
+        is_now = is_known & (seq == now)
+        begin = smallest(tl.where(is_now, first, NOTHING), 0)
+        end = largest(tl.where(is_now, position, -1), 0) + 1
         begin, end = part_of(begin, end, part, PARTS, BLOCK_N)
+        last = tl.where(is_now, tl.minimum(position, end - 1), -1)
+        table = block_table + now.to(tl.int64) * block_table_stride
         top, norm, sums = over_keys(
-            query, query_low, factors, first, tl.where(is_now, tl.minimum(last, end - 1), -1), begin, end,
-            block_table + now.to(tl.int64) * block_table_stride,
+            query, query_low, factors, first, last, begin, end, table,
             k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, top, norm, sums,
-            HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, BLOCK_D, BLOCK_N, PRECISION,
+            HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, HAS_WINDOW, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
         now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
-
-    norm = tl.where(is_known | (seq < 0), norm, float("nan"))
-    if PARTS == 1:
-        result = tl.where((seq < 0)[:, None], 0.0, sums / norm[:, None])
-        to = y + token.to(tl.int64)[:, None] * y_stride + (query_head * HEAD_DIM)[:, None] + d[None, :]
-        tl.store(to, result, mask=mask)
-    else:
-        at = (token.to(tl.int64) * (kv_heads * GROUP) + query_head) * PARTS + part
-        tl.store(part_tops + at, top, mask=is_row)
-        tl.store(part_norms + at, norm, mask=is_row)
-        is_used = norm != 0.0
-        tl.store(part_sums + at[:, None] * HEAD_DIM + d[None, :], sums, mask=mask & is_used[:, None])
+    norm = tl.where(lost > 0, float("nan"), norm)
+    store(
+        y, y_stride, part_tops, part_norms, part_sums, token, query_head, kv_heads * GROUP, part, seq < 0, mask, is_row,
+        top, norm, sums, HEAD_DIM, BLOCK_D, PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -171,7 +260,7 @@ def attention_merge(
     y, y_stride, part_tops, part_norms, part_sums, seq_ids, heads,
     HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """y from the parts that attention_tiles left, for (token, query head)."""
+    """y from the parts that the others left, for (token, query head)."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.arange(0, BLOCK_P)
