@@ -1,6 +1,6 @@
 """argmax and sample: a row of logits in parts, over as many programs.
 
-A threshold (the k-th largest mass; that of top_p) is found among the bits of floats, WAYS ways a turn, each turn a
+A threshold (the k-th largest mass; that of top_p) is found among the bits of floats, some bits a turn, each turn a
 kernel, whose programs first settle the turn before. Turns for what no row asks for do nothing: they cost a launch.
 """
 
@@ -23,18 +23,25 @@ from .launch import (
     room,
 )
 
-WAYS = 64
-WIDTHS = tuple(1 << shift for shift in (24, 18, 12, 6, 0))  # of a turn's steps: WAYS times the first are all bits
+BITS = 30  # of floats from 0 to 1
 MOST_PARTS = 64
+TILE = 1 << 14  # comparisons of masses and thresholds at once: 64 a thread
+LARGEST_TILE = 1 << 20  # that Triton has
 SIDE = 64  # of the square tiles of the walk
 
 
 def _cut(target: Target, vocab: int) -> tuple[int, int, int]:
-    """(parts, tokens in each, tokens at a time)."""
-    block = min(1 << 14, power_of_two(vocab)) if target.is_interpreted else 1024
+    """(parts, tokens in each, tokens at a time); for the interpreter as few as have all loops turn."""
+    block, most = (min(1 << 12, power_of_two(vocab)), 4) if target.is_interpreted else (1024, MOST_PARTS)
     blocks = cdiv(vocab, block)
-    parts = min(MOST_PARTS, power_of_two(blocks))
+    parts = min(most, power_of_two(blocks))
     return parts, cdiv(blocks, parts) * block, block
+
+
+def _turns(target: Target) -> tuple[int, list[int]]:
+    """Ways of a turn, and how far apart its thresholds are: WAYS times the first are all bits, the last is 1."""
+    bits = 10 if target.is_interpreted else 6
+    return 1 << bits, [1 << shift for shift in range(BITS - bits, -1, -bits)]
 
 
 def _largest(planner: Planner, call: BoundCall) -> tuple[Launch, dict[str, Argument]]:
@@ -62,11 +69,12 @@ def _bind_sample(planner: Planner, call: BoundCall) -> list[Launch]:
     x, params, rng, ids = (call.tensors[name] for name in ("x", "params", "rng", "ids"))
     rows, vocab = x.shape
     parts, step, block = _cut(planner.target, vocab)
+    ways, widths = _turns(planner.target)
     first, found = _largest(planner, call)
     plans = {"plans": room(planner, "plans", rows * 6 * 4)}
     given, sizes = {**place("x", x), **plans}, {"vocab": vocab, "step": step}
-    turns = [(kind, width) for kind in ("count", "mass") for width in WIDTHS]
-    first_of_mass = len(WIDTHS)
+    turns = [(kind, width) for kind in ("count", "mass") for width in widths]
+    first_of_mass = len(widths)
 
     def written(turn: int, suffix: str = "") -> dict[str, Argument]:
         """Where a turn leaves its results: the next one reads them while it writes its own, and the first sums of
@@ -75,7 +83,7 @@ def _bind_sample(planner: Planner, call: BoundCall) -> list[Launch]:
         dtype = "i32" if turn < first_of_mass else "fp32"
         return {
             f"lows{suffix}": room(planner, f"lows {turn % 2}", rows * 4, "i32"),
-            f"sums{suffix}": room(planner, f"sums {name}", rows * parts * WAYS * 4, dtype),
+            f"sums{suffix}": room(planner, f"sums {name}", rows * parts * ways * 4, dtype),
         }
 
     first_sums = written(first_of_mass)["sums"]
@@ -89,18 +97,21 @@ def _bind_sample(planner: Planner, call: BoundCall) -> list[Launch]:
             **given, **written(max(0, turn - 1), "_before"), "first_sums": first_sums,
             **written(turn), **sizes, "width_before": width_before, "width": width,
         }  # fmt: skip
-        constants = {"KIND_BEFORE": kind_before, "KIND": kind, "WAYS": WAYS, "PARTS": parts, "BLOCK": block}
+        constants = {
+            "KIND_BEFORE": kind_before, "KIND": kind, "WAYS": ways, "PARTS": parts,
+            "BLOCK_W": min(ways, (LARGEST_TILE if planner.target.is_interpreted else TILE) // block), "BLOCK": block,
+        }  # fmt: skip
         launches.append(launch("sample", "sums_above", (rows, parts), arguments, constants, warps=8))
     leasts = {"leasts": room(planner, "leasts", rows * 4), "kept": room(planner, "kept", rows * parts * 4)}
     arguments = {
         **given, **written(len(turns) - 1, "_before"), "first_sums": first_sums, **leasts,
         **sizes, "width_before": turns[-1][1],
     }  # fmt: skip
-    constants = {"WAYS": WAYS, "PARTS": parts, "BLOCK": block}
+    constants = {"WAYS": ways, "PARTS": parts, "BLOCK": block}
     launches.append(launch("sample", "shares", (rows, parts), arguments, constants))
     arguments = {**given, **leasts, "ids": pointer(ids), **sizes}
     constants = {"PARTS": parts, "BLOCK_R": SIDE, "BLOCK_C": SIDE}
-    return [*launches, launch("sample", "sample", (rows,), arguments, constants)]
+    return [*launches, launch("sample", "sample", (rows,), arguments, constants, warps=8)]
 
 
 def _numerics(target: Target, signature: Signature) -> Numerics:

@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .reduce import largest, smallest, total
 
-BLOCK_W: tl.constexpr = tl.constexpr(16)  # thresholds tried at once
 ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, the largest mass
 
 
@@ -151,7 +150,8 @@ def low_of(
 @triton.jit
 def sums_above(
     x, x_stride, plans, lows_before, sums_before, first_sums, lows, sums, vocab, step, width_before, width,
-    KIND_BEFORE: tl.constexpr, KIND: tl.constexpr, WAYS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    KIND_BEFORE: tl.constexpr, KIND: tl.constexpr, WAYS: tl.constexpr, PARTS: tl.constexpr,
+    BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A turn in the search of a threshold: settles the turn before, and of a part of a row finds number (KIND "count",
     for top_k) or mass ("mass", for top_p) of the tokens above WAYS thresholds, `width` apart."""
@@ -180,7 +180,8 @@ def sums_above(
                 mass = masses(x + row * x_stride, begin + i, i < vocab - begin, top, temperature)
                 is_kept = mass[None, :] >= limit[:, None]
                 if KIND == "count":
-                    found += total(tl.where(is_kept, 1, 0), 1)
+                    # counted in float32 within a block: ptxas gives whole numbers a stack frame
+                    found += total(tl.where(is_kept, 1.0, 0.0), 1).to(tl.int32)
                 else:
                     found += total(tl.where(is_kept, mass[None, :], 0.0), 1)
             tl.store(sums + (row * PARTS + part) * WAYS + way, found)
