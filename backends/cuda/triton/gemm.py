@@ -62,8 +62,7 @@ def _tile(
         tile = tl.load(place, mask=(column < k)[None, :], other=0.0).to(tl.float32)
     else:
         at = row[:, None] * (k // 32) + tl.minimum(block, k // 32 - 1)[None, :]
-        there = tl.full([BLOCK_N, BLOCK_B], 1, tl.int1)
-        raw = packed(w_quants, w_high, w_scales, w_supers, at, there, BITS, HAS_MIN, IS_SUPER, HALVES)
+        raw = packed(w_quants, w_high, w_scales, w_supers, at, BITS, HAS_MIN, IS_SUPER, HALVES)
         lo, hi = quants(raw, two23, BITS, OFFSET)
         scale_lo, scale_hi, minimum = scales(raw, HAS_MIN, IS_SUPER, HALVES)
         lo *= scale_lo[:, :, None]

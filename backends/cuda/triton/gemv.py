@@ -16,16 +16,16 @@ from .weights import bits_of_two23, packed, scales, some_quants
 
 
 @triton.jit
-def _bytes(x, norm, column, mask, offset, NORM: tl.constexpr):
+def _bytes(x, norm, column, offset, NORM: tl.constexpr):
     """16 columns of x behind `column` [..., 4], as 4 tensors of the columns 4 i, 4 i + 1, 4 i + 2 and 4 i + 3; and
     their sum of squares before they are multiplied by the norm's weight."""
     pieces = ()
     squares = 0.0
     for j in tl.static_range(4):
-        piece = tl.load(x + column + 4 * j, mask=mask, other=0.0)
+        piece = tl.load(x + column + 4 * j)
         if NORM:
             squares += total(piece * piece, 3)
-            piece *= tl.load(norm + column + 4 * j, mask=mask, other=0.0) + offset
+            piece *= tl.load(norm + column + 4 * j) + offset
         pieces = pieces + (piece,)
     both = tl.join(tl.join(pieces[0], pieces[2]), tl.join(pieces[1], pieces[3]))  # [..., 4, 2, 2]
     both = tl.reshape(both, column.shape[:-1] + [2, 2, 4])
@@ -46,22 +46,20 @@ def _chain(tile, x, two23, HALF: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.co
 
 @triton.jit
 def _tile(
-    w_quants, w_high, w_scales, w_supers, row, k, unit, column, mask,
+    w_quants, w_high, w_scales, w_supers, row, k, unit, column, is_column,
     BITS: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Weights of the rows int64 [1, LANES, 1] as they lie in memory."""
     if BITS == 0:
-        tile = (tl.load(w_quants + tl.expand_dims(row, -1) * k + column, mask=mask, other=0.0),)
+        tile = (tl.load(w_quants + tl.expand_dims(row, -1) * k + column, mask=is_column, other=0.0),)
     else:
-        tile = packed(
-            w_quants, w_high, w_scales, w_supers, row * (k // 32) + unit, mask, BITS, HAS_MIN, IS_SUPER, HALVES
-        )
+        tile = packed(w_quants, w_high, w_scales, w_supers, row * (k // 32) + unit, BITS, HAS_MIN, IS_SUPER, HALVES)
     return tile
 
 
 @triton.jit
 def _accumulate(
-    totals, tile, x_lo, x_hi, x_sum, two23, AT: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+    totals, tile, x_lo, x_hi, x_sum, is_unit, two23, AT: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """`totals`, COUNT of [WARPS, LANES, ACROSS], with the products of a tile and ROWS rows of x added from AT on."""
@@ -76,11 +74,12 @@ def _accumulate(
                 lo = _chain(tile, x_lo[i - AT], two23, 0, BITS, OFFSET)
                 hi = _chain(tile, x_hi[i - AT], two23, 1, BITS, OFFSET)
                 if HALVES:
-                    now += scale_lo * total(lo, 3) + scale_hi * total(hi, 3)
+                    product = scale_lo * total(lo, 3) + scale_hi * total(hi, 3)
                 else:
-                    now += scale_lo * total(lo + hi, 3)
+                    product = scale_lo * total(lo + hi, 3)
                 if HAS_MIN:
-                    now += minimum * x_sum[i - AT]
+                    product += minimum * x_sum[i - AT]
+                now += tl.where(is_unit, product, 0.0)
         found = found + (now,)
     return found
 
@@ -141,20 +140,33 @@ def gemv(
     for step in range(first, last):
         unit = tl.broadcast_to(step * (WARPS * ACROSS) + in_tile, [WARPS, LANES, ACROSS])
         is_unit = unit < units
+        if BITS != 0:  # nothing is masked but the products: what is read behind the last unit is the last one again
+            unit = tl.minimum(unit, units - 1)
         column = tl.expand_dims(unit, -1) * UNIT + tl.arange(0, 4)
-        is_column = column < k if BITS == 0 else tl.broadcast_to(tl.expand_dims(is_unit, -1), column.shape)
-        mask = is_column if BITS == 0 else is_unit
+        is_column = column < k
         tiles = ()
         for r in tl.static_range(REPEAT):
             row = (tl.program_id(0) * REPEAT + r) * LANES + lane
             row = tl.minimum(row, n - 1).to(tl.int64)[None, :, None]
             tile = _tile(
-                w_quants, w_high, w_scales, w_supers, row, k, unit, column, mask, BITS, HAS_MIN, IS_SUPER, HALVES
+                w_quants, w_high, w_scales, w_supers, row, k, unit, column, is_column, BITS, HAS_MIN, IS_SUPER, HALVES
             )
             tiles = tiles + (tile,)
             if GLU != "":
                 tile = _tile(
-                    u_quants, u_high, u_scales, u_supers, row, k, unit, column, mask, BITS, HAS_MIN, IS_SUPER, HALVES
+                    u_quants,
+                    u_high,
+                    u_scales,
+                    u_supers,
+                    row,
+                    k,
+                    unit,
+                    column,
+                    is_column,
+                    BITS,
+                    HAS_MIN,
+                    IS_SUPER,
+                    HALVES,
                 )
                 tiles = tiles + (tile,)
         x_lo = ()
@@ -164,15 +176,15 @@ def gemv(
         for m in tl.static_range(ROWS):
             source = x + tl.minimum(m, rows - 1).to(tl.int64) * x_stride
             if BITS == 0:
-                lo = tl.load(source + column, mask=mask, other=0.0)
+                lo = tl.load(source + column, mask=is_column, other=0.0)
                 square = total(lo * lo, 3)
                 if NORM:
-                    lo *= tl.load(norm + column, mask=mask, other=0.0) + offset
+                    lo *= tl.load(norm + column, mask=is_column, other=0.0) + offset
                 hi = lo
             else:
-                lo, square = _bytes(source, norm, column, is_column, offset, NORM)
-                hi, square_hi = _bytes(source, norm, column + 16, is_column, offset, NORM)
-                square += square_hi
+                lo, square = _bytes(source, norm, column, offset, NORM)
+                hi, square_hi = _bytes(source, norm, column + 16, offset, NORM)
+                square = tl.where(is_unit, square + square_hi, 0.0) if NORM else 0.0
             x_lo = x_lo + (lo,)
             x_hi = x_hi + (hi,)
             if HAS_MIN:
@@ -184,21 +196,9 @@ def gemv(
             squares_of_x = squares_now
         for t in tl.static_range(REPEAT * PARTS):
             totals = _accumulate(
-                totals,
-                tiles[t],
-                x_lo,
-                x_hi,
-                x_sum,
-                two23,
-                t * ROWS,
-                COUNT,
-                ROWS,
-                BITS,
-                OFFSET,
-                HAS_MIN,
-                IS_SUPER,
-                HALVES,
-            )
+                totals, tiles[t], x_lo, x_hi, x_sum, is_unit, two23, t * ROWS, COUNT, ROWS,
+                BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES,
+            )  # fmt: skip
 
     # totals are [REPEAT, PARTS, ROWS], now behind the lanes
     value = tl.reshape(_sums(totals, COUNT), [LANES, REPEAT, PARTS, ROWS])

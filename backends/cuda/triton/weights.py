@@ -61,34 +61,34 @@ def _columns(first, second, third, fourth):
 
 @triton.jit
 def packed(
-    w_quants, w_high, w_scales, w_supers, at, mask,
+    w_quants, w_high, w_scales, w_supers, at,
     BITS: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """What memory holds of the blocks `at`, int64 [...] (row * blocks + block): for `quants` and `scales`.
 
-    A thread reads 16 bytes of quants at once and holds all columns of its blocks.
+    A thread reads 16 bytes of quants at once and holds all columns of its blocks. There is no mask, which would cost
+    a register set to 0 for each that is read: behind the last block let `at` be any other, and x be 0.
     """
     words = w_quants.to(tl.pointer_type(tl.uint32), bitcast=True)
     i = tl.arange(0, 4)
-    mask_of_words = tl.expand_dims(mask, -1)
     if BITS == 8:
         first = words + tl.expand_dims(at, -1) * 8 + i
-        lo = tl.load(first, mask=mask_of_words, other=0)
-        hi = tl.load(first + 4, mask=mask_of_words, other=0)
+        lo = tl.load(first)
+        hi = tl.load(first + 4)
     else:
-        lo = tl.load(words + tl.expand_dims(at, -1) * 4 + i, mask=mask_of_words, other=0)
+        lo = tl.load(words + tl.expand_dims(at, -1) * 4 + i)
         hi = lo
     high_lo = at
     if BITS == 5:
-        high_lo = tl.load(w_high + at, mask=mask, other=0)
+        high_lo = tl.load(w_high + at)
     if BITS == 6:
-        high_lo = tl.load(w_high + at * 2, mask=mask, other=0)
-        high_hi = tl.load(w_high + at * 2 + 1, mask=mask, other=0)
+        high_lo = tl.load(w_high + at * 2)
+        high_hi = tl.load(w_high + at * 2 + 1)
     else:
         high_hi = high_lo
-    scale = tl.load(w_scales + at, mask=mask, other=0)
+    scale = tl.load(w_scales + at)
     if IS_SUPER:
-        above = tl.load(w_supers + at // 8, mask=mask, other=0)
+        above = tl.load(w_supers + at // 8)
     else:
         above = scale
     return lo, hi, high_lo, high_hi, scale, above
@@ -165,12 +165,12 @@ def weights(
     w_quants, w_high, w_scales, w_supers, rows, columns, blocks, mask,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """The numbers themselves: of the rows int64 [R] the blocks [B], float32 lo, hi [R, B, 16], 0 where not `mask`."""
+    """The numbers themselves: of the rows int64 [R] the blocks [B], float32 lo, hi [R, B, 16], any where not `mask`."""
     if BITS == 0:
         lo, hi = floats(w_quants, rows, columns, blocks, mask)
     else:
-        at = rows[:, None] * (columns // 32) + blocks[None, :]
-        tile = packed(w_quants, w_high, w_scales, w_supers, at, mask, BITS, HAS_MIN, IS_SUPER, HALVES)
+        at = tl.where(mask, rows[:, None] * (columns // 32) + blocks[None, :], 0)
+        tile = packed(w_quants, w_high, w_scales, w_supers, at, BITS, HAS_MIN, IS_SUPER, HALVES)
         lo, hi = quants(tile, bits_of_two23(columns), BITS, OFFSET)
         scale_lo, scale_hi, minimum = scales(tile, HAS_MIN, IS_SUPER, HALVES)
         lo = lo * scale_lo[:, :, None] + minimum[:, :, None]
