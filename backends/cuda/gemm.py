@@ -33,15 +33,18 @@ from .launch import (
     weight_arguments,
 )
 
-GEMV_ROWS = 4
+GEMV_ROWS = {"cuda": 4, "interpret": 4, "hip": 2}
 WARPS_PER_UNIT = 16  # that a multiprocessor should have at least, to have loads enough under way
+# Tiles of rows of w that a program of `gemv` takes, by rows of x times weights: as many as leave registers. AMD's
+# compiler has all x of a step in registers at once, and spills sooner.
+REPEAT = {"cuda": {1: 4, 2: 2, 4: 2}, "hip": {1: 2}}
 BFLOAT_ARCH = 80  # NVIDIA GPUs before it have no bfloat16 in their tensor cores
 
 
 def _numerics(target: Target, signature: Signature) -> Numerics:
     rows, k = signature.tensors["x"].shape
     is_fast = signature.attrs["precision"] == "fast"
-    if rows > GEMV_ROWS:
+    if rows > GEMV_ROWS[target.kind]:
         # A matrix instruction adds 8 to 16 products at a time and may cut off where float32 would round.
         return Numerics("f32", k // 4 + 32, "bf16", FUNCTION_ULP) if _is_bfloat(target, signature) else _plain(k + 32)
     formats_read = {kind.dtype for kind in signature.tensors.values() if kind.dtype in FORMATS}
@@ -60,7 +63,8 @@ def _is_bfloat(target: Target, signature: Signature) -> bool:
 
 
 def _bind(planner: Planner, call: BoundCall) -> Sequence[Launch]:
-    ways = _few(planner, call) if call.tensors["x"].shape[0] <= GEMV_ROWS else _many(planner, call)
+    is_few = call.tensors["x"].shape[0] <= GEMV_ROWS[planner.target.kind]
+    ways = _few(planner, call) if is_few else _many(planner, call)
     shapes = {name: tensor.shape for name, tensor in call.tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()}
     return planner.choose((call.op, shapes, dtypes, call.attrs["precision"]), ways)
@@ -120,7 +124,7 @@ class _Parts:
         arguments, constants = _epilogue(self.call)
         block = power_of_two(n) if self.planner.target.is_interpreted else 256
         arguments = {
-            "sums": self.sums(), "squares": self.squares(), **arguments, "rows": rows, "n": n, "k": k,
+            "sums": self.sums(), "squares": self.squares(), **arguments, "rows": rows, "n": n, "columns": k,
             "splits": self.splits, "eps": float(self.call.attrs.get("eps", 0.0)),
         }  # fmt: skip
         constants = {"NORM": int(has_squares), **constants, "BLOCK": block}
@@ -167,7 +171,7 @@ def _gemv(planner: Planner, call: BoundCall) -> list[Launch]:
         arguments = {
             **place("x", x), "norm": pointer(call.tensors.get("weight", x)), **weights, **ending,
             "sums": parts.sums(number), "sums_stride": parts.stride, "squares": parts.squares(), "rows": rows, "n": n,
-            "k": k, "steps": cdiv(cdiv(k, unit * across * warps), parts.splits), **_norm(call),
+            "columns": k, "steps": cdiv(cdiv(k, unit * across * warps), parts.splits), **_norm(call),
         }  # fmt: skip
         constants = {
             "NORM": int("weight" in call.tensors), **how, "GLU": how["GLU"] if len(names) > 1 else "",
@@ -199,7 +203,7 @@ def _gemv_shape(target: Target, dtype: str, n: int, k: int, rows: int, weights: 
     if target.is_interpreted:  # a split where that is possible, so that it is proven
         return 2, 1, 2 if units > across else 1
     enough = target.multiprocessors * WARPS_PER_UNIT
-    repeat = 4 if weights * rows == 1 else 2 if weights * rows <= 4 else 1
+    repeat = REPEAT[target.kind].get(weights * power_of_two(rows), 1)
     while repeat > 1 and cdiv(n, repeat * lanes) * 8 < enough:
         repeat //= 2
     programs = cdiv(n, repeat * lanes)
@@ -240,7 +244,7 @@ def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
     steps = cdiv(k, 32 * tile.blocks)
     width = steps * 32 * tile.blocks
     z = room(planner, "normed", rows * width * 4, "bf16" if rounding == 1 else "fp32")
-    numbers = {"width": width, "k": k, **_norm(call)}
+    numbers = {"z_stride": width, "columns": k, **_norm(call)}
     norm = {"norm": pointer(call.tensors.get("weight", x)), "z": z}
     block = power_of_two(width) if target.is_interpreted else 1024
     constants = {"NORM": int("weight" in call.tensors), "ROUND": rounding, "BLOCK": block}
@@ -253,8 +257,8 @@ def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
     for number, names in enumerate(parts.passes):
         weights, constants = _reading(call, names)
         arguments = {
-            "z": z, "width": width, **weights, **ending, "sums": parts.sums(number), "sums_stride": parts.stride,
-            "rows": rows, "n": n, "k": k, "steps": cdiv(steps, splits),
+            "z": z, "z_stride": width, **weights, **ending, "sums": parts.sums(number), "sums_stride": parts.stride,
+            "rows": rows, "n": n, "columns": k, "steps": cdiv(steps, splits),
         }  # fmt: skip
         constants = {
             **how, "GLU": how["GLU"] if len(names) > 1 else "", "SPLIT": int(parts.is_split), **constants,

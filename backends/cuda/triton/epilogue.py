@@ -24,7 +24,7 @@ def finish(
 
 @triton.jit
 def add_parts(
-    sums, squares, bias, y, y_stride, rows, n, k, splits, eps,
+    sums, squares, bias, y, y_stride, rows, n, columns, splits, eps,
     NORM: tl.constexpr, GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y from sums [splits, 1 (GLU: 2), rows, n] and, with NORM, sums of squares [splits, rows], added in order."""
@@ -43,7 +43,7 @@ def add_parts(
         if NORM:
             square += tl.load(squares + split * rows + row)
     if NORM:
-        root = tl.rsqrt(square / k + eps)
+        root = tl.rsqrt(square / columns + eps)
         value *= root
         up *= root
     finish(value, up, bias, y, y_stride, row, column, mask, GLU, BIASED, ADD)

@@ -10,15 +10,17 @@ import triton.language as tl
 
 from .epilogue import finish
 from .reduce import total
-from .weights import bits_of_two23, packed, quants, scales
+from .weights import bits_of_two23, packed_quants, packed_scales, quants, scales
 
 
 @triton.jit
 def _operand(x, ROUND: tl.constexpr):
-    """A tile of float32 as a product takes it. ROUND 0: as it is. 1: bfloat16. 2: rounded to bfloat16, but float32, for
-    the interpreter: it cuts off where hardware rounds, and its product knows no bfloat16."""
+    """A tile as a product takes it. ROUND 0: float32. 1: bfloat16. 2: rounded to bfloat16, but float32, for the
+    interpreter: it cuts off where hardware rounds, and its product knows no bfloat16."""
     if ROUND == 1:
         x = x.to(tl.bfloat16)
+    else:
+        x = x.to(tl.float32)
     if ROUND == 2:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -27,42 +29,57 @@ def _operand(x, ROUND: tl.constexpr):
 
 @triton.jit
 def prepare(
-    x, x_stride, norm, z, width, k, eps, offset, NORM: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
+    x, x_stride, norm, z, z_stride, columns, eps, offset, NORM: tl.constexpr, ROUND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """z [rows, width] = x, normed or as it is, as an operand of `gemm`; zeros behind the k columns of x."""
+    """z [rows, z_stride] = x, normed or as it is, as an operand of `gemm`; zeros behind the columns columns of x."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     x += row * x_stride
-    z += row * width
+    z += row * z_stride
     root = 1.0
     if NORM:
         squares = tl.full([BLOCK], 0.0, tl.float32)
-        for first in range(0, k, BLOCK):
-            value = tl.load(x + first + column, mask=first + column < k, other=0.0)
+        for first in range(0, columns, BLOCK):
+            value = tl.load(x + first + column, mask=first + column < columns, other=0.0)
             squares += value * value
-        root = tl.rsqrt(total(squares, 0) / k + eps)
-    for first in range(0, width, BLOCK):
-        is_x = first + column < k
+        root = tl.rsqrt(total(squares, 0) / columns + eps)
+    for first in range(0, z_stride, BLOCK):
+        is_x = first + column < columns
         value = tl.load(x + first + column, mask=is_x, other=0.0)
         if NORM:
             value = value * root * (tl.load(norm + first + column, mask=is_x, other=0.0) + offset)
-        tl.store(z + first + column, _operand(value, ROUND), mask=first + column < width)
+        tl.store(z + first + column, _operand(value, ROUND), mask=first + column < z_stride)
+
+
+@triton.jit
+def _scales(w_scales, w_supers, row, block, columns, BITS: tl.constexpr, IS_SUPER: tl.constexpr):
+    """What `_tile` needs of the scales of the rows and blocks."""
+    if BITS == 0:
+        found = ()
+    else:
+        found = packed_scales(w_scales, w_supers, _blocks(row, block, columns), IS_SUPER)
+    return found
+
+
+@triton.jit
+def _blocks(row, block, columns):
+    """Number of the blocks [BLOCK_B] of the rows int64 [BLOCK_N]; the last of a row for any behind it, where x is 0."""
+    return row[:, None] * (columns // 32) + tl.minimum(block, columns // 32 - 1)[None, :]
 
 
 @triton.jit
 def _tile(
-    w_quants, w_high, w_scales, w_supers, row, block, k, two23,
+    w_quants, w_high, scale, row, block, columns, two23,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """float32 [BLOCK_N, 32 * BLOCK_B]: of the rows int64 [BLOCK_N] the blocks [BLOCK_B]; any behind the last."""
+    """Weights [BLOCK_N, 32 * BLOCK_B] of the rows int64 [BLOCK_N] and the blocks [BLOCK_B]."""
     if BITS == 0:
         column = tl.reshape(block[:, None] * 32 + tl.arange(0, 32)[None, :], [BLOCK_B * 32])
-        place = w_quants + row[:, None] * k + column[None, :]
-        tile = tl.load(place, mask=(column < k)[None, :], other=0.0).to(tl.float32)
+        place = w_quants + row[:, None] * columns + column[None, :]
+        tile = tl.load(place, mask=(column < columns)[None, :], other=0.0)
     else:
-        at = row[:, None] * (k // 32) + tl.minimum(block, k // 32 - 1)[None, :]
-        raw = packed(w_quants, w_high, w_scales, w_supers, at, BITS, HAS_MIN, IS_SUPER, HALVES)
+        raw = packed_quants(w_quants, w_high, _blocks(row, block, columns), BITS) + scale
         lo, hi = quants(raw, two23, BITS, OFFSET)
         scale_lo, scale_hi, minimum = scales(raw, HAS_MIN, IS_SUPER, HALVES)
         lo *= scale_lo[:, :, None]
@@ -76,14 +93,14 @@ def _tile(
 
 @triton.jit
 def gemm(
-    z, width, w_quants, w_high, w_scales, w_supers, u_quants, u_high, u_scales, u_supers,
-    bias, y, y_stride, sums, sums_stride, rows, n, k, steps,
+    z, z_stride, w_quants, w_high, w_scales, w_supers, u_quants, u_high, u_scales, u_supers,
+    bias, y, y_stride, sums, sums_stride, rows, n, columns, steps,
     GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
-    """y[rows, n] = z w^T, z [rows, width] from `prepare` and width whole steps of 32 * BLOCK_B; with SPLIT, `steps` of
-    K each, to sums.
+    """y[rows, n] = z w^T, z [rows, z_stride] from `prepare`, z_stride whole steps of 32 * BLOCK_B columns; with SPLIT,
+    `steps` of them each, to sums.
 
     Neighbouring programs share rows of w, then (up to GROUP of BLOCK_M) rows of z, so that both come from the L2 cache.
     """
@@ -94,27 +111,35 @@ def gemm(
     height = tl.minimum(tiles_m - group * GROUP, GROUP)
     row = (group * GROUP + in_group % height) * BLOCK_M + tl.arange(0, BLOCK_M)
     column = (in_group // height) * BLOCK_N + tl.arange(0, BLOCK_N)
-    source = z + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * width + tl.arange(0, BLOCK_B * 32)[None, :]
+    source = z + tl.minimum(row, rows - 1).to(tl.int64)[:, None] * z_stride + tl.arange(0, BLOCK_B * 32)[None, :]
     row_of_w = tl.minimum(column, n - 1).to(tl.int64)
-    two23 = bits_of_two23(k)
+    two23 = bits_of_two23(columns)
     sums_of_w = tl.full([BLOCK_N, BLOCK_M], 0.0, tl.float32)
     sums_of_u = sums_of_w
     first = tl.program_id(1) * steps
-    last = tl.minimum(first + steps, width // (BLOCK_B * 32))
+    last = tl.minimum(first + steps, z_stride // (BLOCK_B * 32))
+    block = tl.arange(0, BLOCK_B)
+    scale_of_w = _scales(w_scales, w_supers, row_of_w, first * BLOCK_B + block, columns, BITS, IS_SUPER)
+    scale_of_u = _scales(u_scales, u_supers, row_of_w, first * BLOCK_B + block, columns, BITS, IS_SUPER)
     for step in range(first, last):
-        block = step * BLOCK_B + tl.arange(0, BLOCK_B)
+        here = step * BLOCK_B + block
         x = tl.load(source + step * (BLOCK_B * 32))
+        # Scales are too short for asynchronous copies, which Triton makes of the other loads: they come a step ahead.
+        next_of_w = _scales(w_scales, w_supers, row_of_w, here + BLOCK_B, columns, BITS, IS_SUPER)
         w = _tile(
-            w_quants, w_high, w_scales, w_supers, row_of_w, block, k, two23,
+            w_quants, w_high, scale_of_w, row_of_w, here, columns, two23,
             BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B,
         )  # fmt: skip
         sums_of_w = tl.dot(_operand(w, ROUND), tl.trans(x), sums_of_w, input_precision="ieee")
+        scale_of_w = next_of_w
         if GLU != "":
+            next_of_u = _scales(u_scales, u_supers, row_of_w, here + BLOCK_B, columns, BITS, IS_SUPER)
             u = _tile(
-                u_quants, u_high, u_scales, u_supers, row_of_w, block, k, two23,
+                u_quants, u_high, scale_of_u, row_of_w, here, columns, two23,
                 BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B,
             )  # fmt: skip
             sums_of_u = tl.dot(_operand(u, ROUND), tl.trans(x), sums_of_u, input_precision="ieee")
+            scale_of_u = next_of_u
     row = row[None, :]
     column = column[:, None]
     mask = (row < rows) & (column < n)

@@ -46,41 +46,48 @@ def _chain(tile, x, two23, HALF: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.co
 
 @triton.jit
 def _tile(
-    w_quants, w_high, w_scales, w_supers, row, k, unit, column, is_column,
-    BITS: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
+    w_quants, w_high, w_scales, w_supers, row, columns, unit, column, is_column,
+    BITS: tl.constexpr, IS_SUPER: tl.constexpr,
 ):  # fmt: skip
     """Weights of the rows int64 [1, LANES, 1] as they lie in memory."""
     if BITS == 0:
-        tile = (tl.load(w_quants + tl.expand_dims(row, -1) * k + column, mask=is_column, other=0.0),)
+        tile = (tl.load(w_quants + tl.expand_dims(row, -1) * columns + column, mask=is_column, other=0.0),)
     else:
-        tile = packed(w_quants, w_high, w_scales, w_supers, row * (k // 32) + unit, BITS, HAS_MIN, IS_SUPER, HALVES)
+        tile = packed(w_quants, w_high, w_scales, w_supers, row * (columns // 32) + unit, BITS, IS_SUPER)
     return tile
 
 
 @triton.jit
-def _accumulate(
-    totals, tile, x_lo, x_hi, x_sum, is_unit, two23, AT: tl.constexpr, COUNT: tl.constexpr, ROWS: tl.constexpr,
+def _product(
+    tile, lo, hi, sum_of_x, is_unit, two23,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """`totals`, COUNT of [WARPS, LANES, ACROSS], with the products of a tile and ROWS rows of x added from AT on."""
+    """Of a tile of weights and one of a row of x: [WARPS, LANES, ACROSS], 0 behind the last unit."""
+    if BITS == 0:
+        product = total(tile[0].to(tl.float32) * lo, 3)
+    else:
+        scale_lo, scale_hi, minimum = scales(tile, HAS_MIN, IS_SUPER, HALVES)
+        lo = _chain(tile, lo, two23, 0, BITS, OFFSET)
+        hi = _chain(tile, hi, two23, 1, BITS, OFFSET)
+        if HALVES:
+            product = scale_lo * total(lo, 3) + scale_hi * total(hi, 3)
+        else:
+            product = scale_lo * total(lo + hi, 3)
+        if HAS_MIN:
+            product += minimum * sum_of_x
+        product = tl.where(is_unit, product, 0.0)
+    return product
+
+
+@triton.jit
+def _with(totals, AT: tl.constexpr, addend, COUNT: tl.constexpr):
+    """The COUNT `totals`, `addend` added to the one AT."""
     found = ()
     for i in tl.static_range(COUNT):
-        now = totals[i]
-        if i >= AT and i < AT + ROWS:
-            if BITS == 0:
-                now += total(tile[0].to(tl.float32) * x_lo[i - AT], 3)
-            else:
-                scale_lo, scale_hi, minimum = scales(tile, HAS_MIN, IS_SUPER, HALVES)
-                lo = _chain(tile, x_lo[i - AT], two23, 0, BITS, OFFSET)
-                hi = _chain(tile, x_hi[i - AT], two23, 1, BITS, OFFSET)
-                if HALVES:
-                    product = scale_lo * total(lo, 3) + scale_hi * total(hi, 3)
-                else:
-                    product = scale_lo * total(lo + hi, 3)
-                if HAS_MIN:
-                    product += minimum * x_sum[i - AT]
-                now += tl.where(is_unit, product, 0.0)
-        found = found + (now,)
+        if i == AT:
+            found = found + (totals[i] + addend,)
+        else:
+            found = found + (totals[i],)
     return found
 
 
@@ -112,7 +119,7 @@ def _stack(totals, LEFT: tl.constexpr):
 @triton.jit
 def gemv(
     x, x_stride, norm, w_quants, w_high, w_scales, w_supers, u_quants, u_high, u_scales, u_supers,
-    bias, y, y_stride, sums, sums_stride, squares, rows, n, k, steps, eps, offset,
+    bias, y, y_stride, sums, sums_stride, squares, rows, n, columns, steps, eps, offset,
     NORM: tl.constexpr, GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
@@ -126,7 +133,7 @@ def gemv(
     COUNT: tl.constexpr = REPEAT * ROWS * PARTS
     lane = tl.arange(0, LANES)
     in_tile = tl.arange(0, WARPS)[:, None, None] * ACROSS + tl.arange(0, ACROSS)[None, None, :]
-    two23 = bits_of_two23(k)
+    two23 = bits_of_two23(columns)
     totals = ()
     for _ in tl.static_range(COUNT):
         totals = totals + (tl.full([WARPS, LANES, ACROSS], 0.0, tl.float32),)
@@ -134,7 +141,7 @@ def gemv(
     for _ in tl.static_range(ROWS):
         squares_of_x = squares_of_x + (tl.full([WARPS, LANES, ACROSS], 0.0, tl.float32),)
 
-    units = (k + UNIT - 1) // UNIT
+    units = (columns + UNIT - 1) // UNIT
     first = tl.program_id(1) * steps
     last = tl.minimum(first + steps, (units + WARPS * ACROSS - 1) // (WARPS * ACROSS))
     for step in range(first, last):
@@ -143,36 +150,20 @@ def gemv(
         if BITS != 0:  # nothing is masked but the products: what is read behind the last unit is the last one again
             unit = tl.minimum(unit, units - 1)
         column = tl.expand_dims(unit, -1) * UNIT + tl.arange(0, 4)
-        is_column = column < k
+        is_column = column < columns
         tiles = ()
         for r in tl.static_range(REPEAT):
             row = (tl.program_id(0) * REPEAT + r) * LANES + lane
             row = tl.minimum(row, n - 1).to(tl.int64)[None, :, None]
             tile = _tile(
-                w_quants, w_high, w_scales, w_supers, row, k, unit, column, is_column, BITS, HAS_MIN, IS_SUPER, HALVES
-            )
+                w_quants, w_high, w_scales, w_supers, row, columns, unit, column, is_column, BITS, IS_SUPER
+            )  # fmt: skip
             tiles = tiles + (tile,)
             if GLU != "":
                 tile = _tile(
-                    u_quants,
-                    u_high,
-                    u_scales,
-                    u_supers,
-                    row,
-                    k,
-                    unit,
-                    column,
-                    is_column,
-                    BITS,
-                    HAS_MIN,
-                    IS_SUPER,
-                    HALVES,
-                )
+                    u_quants, u_high, u_scales, u_supers, row, columns, unit, column, is_column, BITS, IS_SUPER
+                )  # fmt: skip
                 tiles = tiles + (tile,)
-        x_lo = ()
-        x_hi = ()
-        x_sum = ()
-        squares_now = ()
         for m in tl.static_range(ROWS):
             source = x + tl.minimum(m, rows - 1).to(tl.int64) * x_stride
             if BITS == 0:
@@ -184,21 +175,16 @@ def gemv(
             else:
                 lo, square = _bytes(source, norm, column, offset, NORM)
                 hi, square_hi = _bytes(source, norm, column + 16, offset, NORM)
-                square = tl.where(is_unit, square + square_hi, 0.0) if NORM else 0.0
-            x_lo = x_lo + (lo,)
-            x_hi = x_hi + (hi,)
+                square += square_hi
             if HAS_MIN:
-                both = (lo[0] + lo[1]) + (lo[2] + lo[3]) + (hi[0] + hi[1]) + (hi[2] + hi[3])
-                x_sum = x_sum + (total(both, 3),)
+                sum_of_x = total((lo[0] + lo[1]) + (lo[2] + lo[3]) + (hi[0] + hi[1]) + (hi[2] + hi[3]), 3)
+            else:
+                sum_of_x = 0.0
             if NORM:
-                squares_now = squares_now + (squares_of_x[m] + square,)
-        if NORM:
-            squares_of_x = squares_now
-        for t in tl.static_range(REPEAT * PARTS):
-            totals = _accumulate(
-                totals, tiles[t], x_lo, x_hi, x_sum, is_unit, two23, t * ROWS, COUNT, ROWS,
-                BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES,
-            )  # fmt: skip
+                squares_of_x = _with(squares_of_x, m, tl.where(is_unit, square, 0.0), ROWS)
+            for t in tl.static_range(REPEAT * PARTS):
+                product = _product(tiles[t], lo, hi, sum_of_x, is_unit, two23, BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES)
+                totals = _with(totals, t * ROWS + m, product, COUNT)
 
     # totals are [REPEAT, PARTS, ROWS], now behind the lanes
     value = tl.reshape(_sums(totals, COUNT), [LANES, REPEAT, PARTS, ROWS])
@@ -222,7 +208,7 @@ def gemv(
             tl.store(squares + split * rows + row + lane[:, None, None], square, mask=is_one)
     else:
         if NORM:
-            root = tl.rsqrt(square / k + eps)
+            root = tl.rsqrt(square / columns + eps)
             value *= root
             up *= root
         finish(value, up, bias, y, y_stride, row, column, mask, GLU, BIASED, ADD)

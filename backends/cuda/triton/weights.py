@@ -62,13 +62,19 @@ def _columns(first, second, third, fourth):
 @triton.jit
 def packed(
     w_quants, w_high, w_scales, w_supers, at,
-    BITS: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
+    BITS: tl.constexpr, IS_SUPER: tl.constexpr,
 ):  # fmt: skip
     """What memory holds of the blocks `at`, int64 [...] (row * blocks + block): for `quants` and `scales`.
 
-    A thread reads 16 bytes of quants at once and holds all columns of its blocks. There is no mask, which would cost
-    a register set to 0 for each that is read: behind the last block let `at` be any other, and x be 0.
+    There is no mask, which would cost a register set to 0 for each that is read: behind the last block let `at` be any
+    other, and x be 0.
     """
+    return packed_quants(w_quants, w_high, at, BITS) + packed_scales(w_scales, w_supers, at, IS_SUPER)
+
+
+@triton.jit
+def packed_quants(w_quants, w_high, at, BITS: tl.constexpr):
+    """Half of `packed`: a thread reads 16 bytes of quants at once and holds all columns of its blocks."""
     words = w_quants.to(tl.pointer_type(tl.uint32), bitcast=True)
     i = tl.arange(0, 4)
     if BITS == 8:
@@ -86,12 +92,18 @@ def packed(
         high_hi = tl.load(w_high + at * 2 + 1)
     else:
         high_hi = high_lo
+    return lo, hi, high_lo, high_hi
+
+
+@triton.jit
+def packed_scales(w_scales, w_supers, at, IS_SUPER: tl.constexpr):
+    """The other half of `packed`, for those who want it earlier."""
     scale = tl.load(w_scales + at)
     if IS_SUPER:
         above = tl.load(w_supers + at // 8)
     else:
         above = scale
-    return lo, hi, high_lo, high_hi, scale, above
+    return scale, above
 
 
 @triton.jit
@@ -170,7 +182,7 @@ def weights(
         lo, hi = floats(w_quants, rows, columns, blocks, mask)
     else:
         at = tl.where(mask, rows[:, None] * (columns // 32) + blocks[None, :], 0)
-        tile = packed(w_quants, w_high, w_scales, w_supers, at, BITS, HAS_MIN, IS_SUPER, HALVES)
+        tile = packed(w_quants, w_high, w_scales, w_supers, at, BITS, IS_SUPER)
         lo, hi = quants(tile, bits_of_two23(columns), BITS, OFFSET)
         scale_lo, scale_hi, minimum = scales(tile, HAS_MIN, IS_SUPER, HALVES)
         lo = lo * scale_lo[:, :, None] + minimum[:, :, None]
