@@ -52,7 +52,7 @@ def _largest(planner: Planner, call: BoundCall) -> tuple[Launch, dict[str, Argum
     found: dict[str, Argument] = {
         "values": room(planner, "values", rows * parts * 4), "places": room(planner, "places", rows * parts * 4, "i32"),
     }  # fmt: skip
-    arguments = {**place("x", x), **found, "vocab": vocab, "step": step}
+    arguments = {**place("x", x), **found, "columns": vocab, "part_columns": step}
     constants = {"PARTS": parts, "BLOCK": block}
     return launch("sample", "largest_of_parts", (rows, parts), arguments, constants), found
 
@@ -72,7 +72,7 @@ def _bind_sample(planner: Planner, call: BoundCall) -> list[Launch]:
     ways, widths = _turns(planner.target)
     first, found = _largest(planner, call)
     plans = {"plans": room(planner, "plans", rows * 6 * 4)}
-    given, sizes = {**place("x", x), **plans}, {"vocab": vocab, "step": step}
+    given, sizes = {**place("x", x), **plans}, {"columns": vocab, "part_columns": step}
     turns = [(kind, width) for kind in ("count", "mass") for width in widths]
     first_of_mass = len(widths)
 
@@ -88,7 +88,7 @@ def _bind_sample(planner: Planner, call: BoundCall) -> list[Launch]:
 
     first_sums = written(first_of_mass)["sums"]
     arguments = {
-        **place("params", params), **place("rng", rng), **found, **plans, "ids": pointer(ids), "vocab": vocab,
+        **place("params", params), **place("rng", rng), **found, **plans, "ids": pointer(ids), "columns": vocab,
     }  # fmt: skip
     launches = [first, launch("sample", "plan", (rows,), arguments, {"PARTS": parts}, warps=1)]
     for turn, (kind, width) in enumerate(turns):

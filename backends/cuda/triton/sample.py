@@ -1,7 +1,7 @@
 """argmax and sample. Definition: kernels/sample.py.
 
-A row of logits is cut into parts of `step` tokens, a program each; what they find lies in scratch [rows, PARTS], and
-the next kernel puts it together, each of its programs for itself.
+A row of logits is cut into parts of `part_columns` tokens, a program each; what they find lies in scratch
+[rows, PARTS], and the next kernel puts it together, each of its programs for itself.
 """
 
 # pyright: basic
@@ -15,24 +15,24 @@ ONE: tl.constexpr = tl.constexpr(0x3F800000)  # the bits of 1.0, the largest mas
 
 @triton.jit
 def largest_of_parts(
-    x, x_stride, values, places, vocab, step, PARTS: tl.constexpr, BLOCK: tl.constexpr
+    x, x_stride, values, places, columns, part_columns, PARTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """values and places [rows, PARTS]: the largest number of a part and the lowest index that has it; -inf and no
     matter what if there is none."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    start = part * step
+    start = part * part_columns
     i = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     where = i
-    for begin in range(start, tl.minimum(start + step, vocab), BLOCK):
-        value = tl.load(x + row * x_stride + begin + i, mask=i < vocab - begin, other=float("-inf"))
+    for begin in range(start, tl.minimum(start + part_columns, columns), BLOCK):
+        value = tl.load(x + row * x_stride + begin + i, mask=i < columns - begin, other=float("-inf"))
         is_better = value > best  # not for NaN
         best = tl.where(is_better, value, best)
         where = tl.where(is_better, begin + i, where)
     top = largest(best, 0)
     tl.store(values + row * PARTS + part, top)
-    tl.store(places + row * PARTS + part, smallest(tl.where(best == top, where, vocab), 0))
+    tl.store(places + row * PARTS + part, smallest(tl.where(best == top, where, columns), 0))
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def uniform(counter, seed):
 
 @triton.jit
 def plan(
-    params, params_stride, rng, rng_stride, values, places, plans, ids, vocab, PARTS: tl.constexpr
+    params, params_stride, rng, rng_stride, values, places, plans, ids, columns, PARTS: tl.constexpr
 ):  # fmt: skip
     """ids: the most likely tokens, which rows without a temperature keep; counters of rng moved on; plans [rows, 6]:
     largest logit, temperature, top_k, top_p, min_p, u. What is not asked for is 0, 0, 1, 0 there, so that no kernel
@@ -98,7 +98,7 @@ def plan(
     to = plans + row * 6
     tl.store(to, top)
     tl.store(to + 1, tl.where(is_drawn, temperature, 0.0))
-    tl.store(to + 2, tl.where(is_drawn & (top_k >= 1.0) & (top_k < vocab), tl.floor(top_k), 0.0))
+    tl.store(to + 2, tl.where(is_drawn & (top_k >= 1.0) & (top_k < columns), tl.floor(top_k), 0.0))
     tl.store(to + 3, tl.where(is_drawn & (top_p < 1.0), top_p, 1.0))
     tl.store(to + 4, tl.where(is_drawn & (min_p > 0.0), tl.minimum(min_p, 1.0), 0.0))
     tl.store(to + 5, uniform(counter, seed))
@@ -149,7 +149,7 @@ def low_of(
 
 @triton.jit
 def sums_above(
-    x, x_stride, plans, lows_before, sums_before, first_sums, lows, sums, vocab, step, width_before, width,
+    x, x_stride, plans, lows_before, sums_before, first_sums, lows, sums, columns, part_columns, width_before, width,
     KIND_BEFORE: tl.constexpr, KIND: tl.constexpr, WAYS: tl.constexpr, PARTS: tl.constexpr,
     BLOCK_W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -157,7 +157,7 @@ def sums_above(
     for top_k) or mass ("mass", for top_p) of the tokens above WAYS thresholds, `width` apart."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    start = part * step
+    start = part * part_columns
     low = low_of(lows_before, sums_before, first_sums, plans, row, width_before, KIND_BEFORE, WAYS, PARTS)
     if part == 0:
         tl.store(lows + row, low)
@@ -176,8 +176,8 @@ def sums_above(
                 found = tl.full([BLOCK_W], 0, tl.int32)
             else:
                 found = tl.full([BLOCK_W], 0.0, tl.float32)
-            for begin in range(start, tl.minimum(start + step, vocab), BLOCK):
-                mass = masses(x + row * x_stride, begin + i, i < vocab - begin, top, temperature)
+            for begin in range(start, tl.minimum(start + part_columns, columns), BLOCK):
+                mass = masses(x + row * x_stride, begin + i, i < columns - begin, top, temperature)
                 is_kept = mass[None, :] >= limit[:, None]
                 if KIND == "count":
                     # counted in float32 within a block: ptxas gives whole numbers a stack frame
@@ -189,13 +189,13 @@ def sums_above(
 
 @triton.jit
 def shares(
-    x, x_stride, plans, lows_before, sums_before, first_sums, leasts, kept, vocab, step, width_before,
+    x, x_stride, plans, lows_before, sums_before, first_sums, leasts, kept, columns, part_columns, width_before,
     WAYS: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """leasts [rows]: the least mass of a token that may be drawn; kept [rows, PARTS]: the mass of those of a part."""
     row = tl.program_id(0).to(tl.int64)
     part = tl.program_id(1)
-    start = part * step
+    start = part * part_columns
     temperature = tl.load(plans + row * 6 + 1)
     if temperature > 0.0:
         top = tl.load(plans + row * 6)
@@ -205,8 +205,8 @@ def shares(
             tl.store(leasts + row, least)
         i = tl.arange(0, BLOCK)
         found = tl.full([BLOCK], 0.0, tl.float32)
-        for begin in range(start, tl.minimum(start + step, vocab), BLOCK):
-            mass = masses(x + row * x_stride, begin + i, i < vocab - begin, top, temperature)
+        for begin in range(start, tl.minimum(start + part_columns, columns), BLOCK):
+            mass = masses(x + row * x_stride, begin + i, i < columns - begin, top, temperature)
             found += tl.where(mass >= least, mass, 0.0)
         tl.store(kept + row * PARTS + part, total(found, 0))
 
@@ -226,7 +226,7 @@ def reached(kept, before, goal, N: tl.constexpr):
 
 @triton.jit
 def sample(
-    x, x_stride, plans, leasts, kept, ids, vocab, step,
+    x, x_stride, plans, leasts, kept, ids, columns, part_columns,
     PARTS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The walk through the kept tokens: to a part, to a tile of it, to a row of that, to a token."""
@@ -239,14 +239,14 @@ def sample(
         of_parts = tl.load(kept + row * PARTS + tl.arange(0, PARTS))
         goal = tl.load(plans + row * 6 + 5) * total(of_parts, 0)
         part, before = reached(of_parts, 0.0, goal, PARTS)
-        stop = tl.minimum(part * step + step, vocab)
+        stop = tl.minimum(part * part_columns + part_columns, columns)
         r = tl.arange(0, BLOCK_R)
         c = tl.arange(0, BLOCK_C)
         inside = r[:, None] * BLOCK_C + c[None, :]
-        tile = part * step
+        tile = part * part_columns
         sum_here = before
         is_open = 1
-        for begin in range(part * step, stop, BLOCK_R * BLOCK_C):
+        for begin in range(part * part_columns, stop, BLOCK_R * BLOCK_C):
             mass = masses(logits, begin + inside, inside < stop - begin, top, temperature)
             more = total(total(tl.where(mass >= least, mass, 0.0), 1), 0)
             is_taken = tl.where(more > 0.0, is_open, 0)
