@@ -5,13 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-import numpy as np
-
-from ...kernels.op import NUMPY_DTYPES, Numerics, Signature
-from ...kernels.spi import BoundCall
+from ...kernels.op import Numerics, Signature, TensorType
+from ...kernels.spi import BoundCall, DeviceTensor
 from .launch import FUNCTION_ULP, Launch, OpKernel, Planner, Target, cdiv, launch, place, pointer, power_of_two, room
 
-DECODE_PER_UNIT = 2  # programs that a multiprocessor holds at once
 INTERPRETED_UNITS = 8  # as many as it takes for keys to come in parts
 
 
@@ -44,29 +41,38 @@ class Plan:
     longest: int
 
 
+def _has_products(target: Target) -> bool:
+    """Whether Triton has tensor cores multiply: for NVIDIA from compute capability 8.0 on."""
+    return target.kind != "cuda" or int(target.arch) >= 80
+
+
+def _is_half(target: Target, tensor: DeviceTensor | TensorType) -> bool:
+    """Whether products with this cache are of float16."""
+    return tensor.dtype == "f16" and _has_products(target)
+
+
 def _decode_tile(target: Target, group: int, row: int) -> Tile:
     """16 kB of keys at a time and as much of values, and three times that under way; half where a multiprocessor cannot
     hold two such programs."""
     size = 16384 if target.shared_bytes >= 160 * 1024 else 8192
     block_n = min(64, max(16, size // row))
-    return Tile(max(16, power_of_two(group)), block_n, 4, 2 if target.kind == "hip" else 3)
+    return Tile(max(16, power_of_two(group)), block_n, 4 if row <= 512 else 8, 2 if target.kind == "hip" else 3)
 
 
 def _prefill_tile(target: Target, block_d: int, element: int) -> Tile:
-    """The largest that compiles without spills (counted for cuda:80, 90, 100 and hip:gfx942) and fits."""
+    """The largest that fits and compiles without spills (counted for cuda:80, 90, 100 and hip:gfx942); of float32
+    caches whose rows are long every tile spills, these 20 registers of a thread."""
     row = block_d * element
     if target.kind == "hip":
         return Tile(64 if row <= 512 else 32, 32 if row <= 256 else 16, 4, 2)
     major = 9 if target.is_interpreted else int(target.arch) // 10
-    if row <= 256:
+    if row <= 256 and element == 2:
         sizes = [(128, 64 if major >= 9 else 32, 8), (64, 32, 4), (32, 32, 4)]
-    elif row <= 512:
+    elif row <= 512 and element == 2:
         # Hopper's own products, which take tiles of 64, leave it too few registers.
-        sizes = [(32, 32 if element == 2 else 16, 4), (32, 16, 4)]
-        if major != 9 and element == 2:
-            sizes = [(64, 32, 8), *sizes]
+        sizes = [(32, 32, 4), (32, 16, 4)] if major == 9 else [(64, 32, 8), (32, 32, 4), (32, 16, 4)]
     else:
-        sizes = [(16, 16, 4)]
+        sizes = [(32, 32, 4) if row <= 256 else (32, 16, 4) if row <= 512 else (16, 16, 8), (16, 16, 4)]
     tiles = [Tile(m, n, warps, stages) for m, n, warps in sizes for stages in (3, 2)]
     return next((x for x in tiles if x.shared_bytes(block_d, element) <= target.shared_bytes), tiles[-1])
 
@@ -77,13 +83,14 @@ def _plan(target: Target, signature: Signature) -> Plan:
     _, kv_heads, page_size, _ = tensors["k_pages"].shape
     sequences, max_pages = tensors["block_table"].shape
     group, block_d = heads // kv_heads, max(16, power_of_two(head_dim))
-    element = max(np.dtype(NUMPY_DTYPES[tensors[name].dtype]).itemsize for name in ("k_pages", "v_pages"))
+    element = 2 if all(_is_half(target, tensors[name]) for name in ("k_pages", "v_pages")) else 4
     keys, units = max_pages * page_size, INTERPRETED_UNITS if target.is_interpreted else target.multiprocessors
     # as many sequences: one token of each, no two of which share keys
     is_decode = tokens <= sequences and group <= 64
     if is_decode:
+        # A multiprocessor holds two programs at once; of sequences of different lengths it wants some more.
         tile, rows = _decode_tile(target, group, block_d * element), group
-        keys, units = min(keys, signature.attrs["window"] or keys), units * DECODE_PER_UNIT
+        keys, units = min(keys, signature.attrs["window"] or keys), units * (2 if tokens == 1 else 4)
     else:
         tile = _prefill_tile(target, block_d, element)
         rows = min(tile.block_m, min(tokens, max(1, tile.block_m // group)) * group)
@@ -117,7 +124,7 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
     }  # fmt: skip
     constants = {
         "GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "PAGE": page_size,
-        "K_HALF": int(tensors["k_pages"].dtype == "f16"), "V_HALF": int(tensors["v_pages"].dtype == "f16"),
+        "K_HALF": int(_is_half(target, tensors["k_pages"])), "V_HALF": int(_is_half(target, tensors["v_pages"])),
         "HAS_CAP": int(cap > 0), "HAS_WINDOW": int(attrs["window"] > 0), "ROWS": x.rows, "PARTS": x.parts,
         "BLOCK_M": x.tile.block_m, "BLOCK_N": x.tile.block_n, "BLOCK_D": x.block_d, "PRECISION": _precision(target),
     }  # fmt: skip
@@ -132,14 +139,16 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
 
 def _precision(target: Target) -> str:
     """Of products of float32 matrices: three of tensor cores, or the exact one where those do not exist."""
-    return "tf32x3" if target.kind == "cuda" and int(target.arch) >= 80 else "ieee"
+    return "tf32x3" if target.kind == "cuda" and _has_products(target) else "ieee"
 
 
 def _numerics(target: Target, signature: Signature) -> Numerics:
+    """Longest chain: a score's head_dim, or the keys of a part, rescaled once per block, and the parts. A product of
+    two or three adds to it as often, and splitting its factors costs no more than 12 roundings."""
     x = _plan(target, signature)
     products = 3 if _precision(target) == "tf32x3" else 2
     keys = products * x.longest + cdiv(x.longest, x.tile.block_n) + (x.parts if x.parts > 1 else 0)
-    return Numerics("f32", max(products * signature.tensors["q"].shape[2], keys), "f32", FUNCTION_ULP)
+    return Numerics("f32", max(products * signature.tensors["q"].shape[2], keys) + 12, "f32", FUNCTION_ULP)
 
 
 KERNELS = [OpKernel("attention", _numerics, _bind)]

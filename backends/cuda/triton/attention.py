@@ -3,7 +3,10 @@
 A row is a token and one of the R = GROUP query heads that share a kv head. Online softmax (arXiv:1805.02867) in base 2,
 its keys in parts side by side where rows alone would not fill a GPU (flash-decoding, arXiv:2311.01282).
 
-Products of float32 and float16 stay exact to float32: the float32 factor is the sum of two float16 numbers, 22 bits.
+Products of float32 with float16 keys or values are of float16, twice: the float32 factor is the sum of two float16
+numbers, 22 bits. The largest of a query is brought to 2**13 or more and the largest weight to 2**14, so that what else
+the second number loses is 2**-38 of the largest: less than is lost by adding up, unless max |q| * max |k| * scale is above
+2**18 or the values of heavy keys are 2**-19 of the others'.
 """
 
 # pyright: basic
@@ -96,6 +99,10 @@ def over_keys(
         inside = ((head * PAGE + key % PAGE) * HEAD_DIM)[:, None] + d[None, :]
         k = tl.load(k_pages + (page * k_stride)[:, None] + inside, mask=mask, other=0.0)
         v = tl.load(v_pages + (page * v_stride)[:, None] + inside, mask=mask, other=0.0)
+        if not K_HALF:
+            k = k.to(tl.float32)
+        if not V_HALF:
+            v = v.to(tl.float32)
         scores = tl.full([q.shape[0], BLOCK_N], 0.0, tl.float32)
         scores = product(q, q_low, tl.trans(k), scores, K_HALF, PRECISION)
         scores = scores * factors[:, None]
@@ -269,8 +276,10 @@ def attention_merge(
     is_part = part < PARTS
     top = tl.load(part_tops + at, mask=is_part, other=float("-inf"))
     norm = tl.load(part_norms + at, mask=is_part, other=0.0)
-    mask = (is_part & (norm != 0.0))[:, None] & (d < HEAD_DIM)[None, :]
+    # Parts without keys hold anything. To know them first would be to wait twice.
+    mask = is_part[:, None] & (d < HEAD_DIM)[None, :]
     sums = tl.load(part_sums + at[:, None] * HEAD_DIM + d[None, :], mask=mask, other=0.0)
+    sums = tl.where((norm != 0.0)[:, None], sums, 0.0)
     highest = largest(top, 0)
     weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
     result = total(sums * weights[:, None], 0) / total(norm * weights, 0)
