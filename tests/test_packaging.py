@@ -72,7 +72,7 @@ def test_the_only_top_level_name_is_polykern(wheel: zipfile.ZipFile) -> None:
 
 def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     inside = {name for name in wheel.namelist() if name.startswith("polykern/")}
-    kinds = ("*.py", "*.cl", "*.h", "py.typed")
+    kinds = ("*.py", "*.cl", "*.cu", "*.h", "py.typed")
     sources = {
         "polykern/" + path.relative_to(ROOT).as_posix()
         for portion in PORTIONS

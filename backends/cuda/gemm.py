@@ -1,8 +1,9 @@
 """gemm and the ops fused with it: norm before it, residual or GLU after it.
 
-Up to GEMV_ROWS rows of x go through `gemv`, in float32. More go through `prepare`, which norms and rounds them once,
-and `gemm`: bfloat16 on tensor cores in `fast`, float32 in `exact`. Where programs are too few for the device, each
-takes a part of K, and `add_parts` ends the product; so it does where gate and up, of different formats, are two.
+Up to GEMV_ROWS rows of x go through `gemv`, in float32, or in `fast` through the integers of gemv.py, which takes up to
+8. More go through `prepare`, which norms and rounds them once, and `gemm`: bfloat16 on tensor cores in `fast`, float32
+in `exact`. Where programs are too few for the device, each takes a part of K, and `add_parts` ends the product; so it
+does where gate and up, of different formats, are two.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from ...kernels.op import Numerics, Signature
 from ...kernels.quant import FORMATS
 from ...kernels.spi import BoundCall
 from ..products import halves_of
-from . import formats
+from . import formats, gemv
 from .launch import (
     FUNCTION_ULP,
     Argument,
@@ -45,12 +46,15 @@ def _numerics(target: Target, signature: Signature) -> Numerics:
     rows, k = signature.tensors["x"].shape
     is_fast = signature.attrs["precision"] == "fast"
     if rows > GEMV_ROWS[target.kind]:
+        if gemv.is_offered(target, signature):
+            return gemv.numerics(signature)
         # A matrix instruction adds 8 to 16 products at a time and may cut off where float32 would round.
         return Numerics("f32", k // 4 + 32, "bf16", FUNCTION_ULP) if _is_bfloat(target, signature) else _plain(k + 32)
     formats_read = {kind.dtype for kind in signature.tensors.values() if kind.dtype in FORMATS}
     depth = 32 + max(2 * cdiv(cdiv(k, _unit(dtype)), 8) for dtype in formats_read)
     if is_fast and any(dtype in formats.LAYOUTS for dtype in formats_read):
-        return Numerics("f32", depth, "int8", FUNCTION_ULP, 127)
+        integers = gemv.numerics(signature)
+        return replace(integers, depth=max(depth, integers.depth))
     return _plain(depth)
 
 
@@ -63,16 +67,13 @@ def _is_bfloat(target: Target, signature: Signature) -> bool:
 
 
 def _bind(planner: Planner, call: BoundCall) -> Sequence[Launch]:
-    is_few = call.tensors["x"].shape[0] <= GEMV_ROWS[planner.target.kind]
-    ways = _few(planner, call) if is_few else _many(planner, call)
+    ways = gemv.candidates(planner, call)
+    if call.tensors["x"].shape[0] <= GEMV_ROWS[planner.target.kind]:
+        ways.append(_gemv(planner, call))
+    ways = ways or _many(planner, call)
     shapes = {name: tensor.shape for name, tensor in call.tensors.items()}
     dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()}
     return planner.choose((call.op, shapes, dtypes, call.attrs["precision"]), ways)
-
-
-def _few(planner: Planner, call: BoundCall) -> list[list[Launch]]:
-    """Ways to multiply few rows; in `fast` they may round x to int8."""
-    return [_gemv(planner, call)]
 
 
 def _many(planner: Planner, call: BoundCall) -> list[list[Launch]]:
