@@ -5,7 +5,7 @@ its keys in parts side by side where rows alone would not fill a GPU (flash-deco
 
 Products of float32 with float16 keys or values are of float16, twice: the float32 factor is the sum of two float16
 numbers, 22 bits. The largest of a query is brought to 2**13 or more and the largest weight to 2**14, so that what else
-the second number loses is 2**-38 of the largest: less than is lost by adding up, unless max |q| * max |k| * scale is above
+the second number loses is 2**-38 of the largest: less than adding up loses, unless max |q| * max |k| * scale is above
 2**18 or the values of heavy keys are 2**-19 of the others'.
 """
 
