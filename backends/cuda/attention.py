@@ -108,10 +108,11 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
     pages, kv_heads, page_size, _ = tensors["k_pages"].shape
     sequences, max_pages = tensors["block_table"].shape
     x = _plan(target, call.signature)
+    parted = tokens * heads * x.parts * 4 if x.parts > 1 else 0
     parts = {
-        "part_tops": room(planner, "attention_tops", tokens * heads * x.parts * 4),
-        "part_norms": room(planner, "attention_norms", tokens * heads * x.parts * 4),
-        "part_sums": room(planner, "attention_sums", tokens * heads * x.parts * head_dim * 4),
+        "part_tops": room(planner, "attention_tops", parted),
+        "part_norms": room(planner, "attention_norms", parted),
+        "part_sums": room(planner, "attention_sums", parted * head_dim),
     }
     scale, cap = attrs["scale"] or head_dim**-0.5, attrs["softcap"]
     factor = scale / cap if cap else scale * math.log2(math.e)

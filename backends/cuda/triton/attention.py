@@ -57,14 +57,15 @@ def part_of(begin, end, part, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def load_query(
-    q, q_stride, token, head, mask, factor,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, K_HALF: tl.constexpr,
-):  # fmt: skip
-    """Queries of (token, head) [M], in two halves for float16 keys, and what scores are to be multiplied by [M]."""
-    d = tl.arange(0, BLOCK_D)
-    at = token.to(tl.int64)[:, None] * q_stride + (head * HEAD_DIM)[:, None] + d[None, :]
-    query = tl.load(q + at, mask=mask, other=0.0)
+def load_query(q, q_stride, token, head, mask, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Queries of (token, head) [M]."""
+    at = token.to(tl.int64)[:, None] * q_stride + (head * HEAD_DIM)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    return tl.load(q + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def split_query(query, factor, K_HALF: tl.constexpr):
+    """Queries [M, D] in two halves for float16 keys, and what scores are to be multiplied by [M]."""
     low = query
     factors = tl.full([query.shape[0]], 1.0, tl.float32) * factor
     if K_HALF:
@@ -75,24 +76,28 @@ def load_query(
 
 
 @triton.jit
+def load_pages(table, key, end, PAGE: tl.constexpr):
+    """Pages of the keys before `end`, -1 for others."""
+    return tl.load(table + key // PAGE, mask=key < end, other=-1)
+
+
+@triton.jit
 def over_keys(
     q, q_low, factors, first, last, begin, end, table, k_pages, k_stride, v_pages, v_stride, head, pages, cap,
-    top, norm, sums,
+    page, top, norm, sums,
     HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr, HAS_CAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Keys begin to end - 1 of one sequence, its pages in `table`, for rows that see of them first to last [M].
 
-    Before exp2, scores are (q @ k) * factors, or tanh of that times `cap`. Keys that do not exist are zeros.
+    `page` holds those of the first block. Before exp2, scores are (q @ k) * factors, or tanh of that times `cap`. Keys
+    that do not exist are zeros.
     """
     d = tl.arange(0, BLOCK_D)
-    key = begin + tl.arange(0, BLOCK_N)
-    page = tl.load(table + key // PAGE, mask=key < end, other=-1)
     for start in range(begin, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         # Read a block ahead, or what keeps keys and values under way would have to wait for pages first.
-        ahead = key + BLOCK_N
-        page_ahead = tl.load(table + ahead // PAGE, mask=ahead < end, other=-1)
+        page_ahead = load_pages(table, key + BLOCK_N, end, PAGE)
         is_there = (page >= 0) & (page < pages)
         mask = is_there[:, None] & (d < HEAD_DIM)[None, :]
         page = page.to(tl.int64)
@@ -178,20 +183,23 @@ def attention_decode(
     mask = is_row[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     seq = tl.load(seq_ids + token)
     position = tl.load(positions + token)
-    query, query_low, factors = load_query(q, q_stride, token_of, query_head, mask, factor, HEAD_DIM, BLOCK_D, K_HALF)
+    query = load_query(q, q_stride, token_of, query_head, mask, HEAD_DIM, BLOCK_D)
     is_known = (seq >= 0) & (seq < sequences) & (position >= 0) & (position // PAGE < max_pages)
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(0, position - window + 1)
     begin, end = part_of(first, tl.where(is_known, position + 1, first), part, PARTS, BLOCK_N)
+    table = block_table + seq.to(tl.int64) * block_table_stride
+    # asked for before the query is here: what follows waits for both
+    page = load_pages(table, begin + tl.arange(0, BLOCK_N), end, PAGE)
+    query, query_low, factors = split_query(query, factor, K_HALF)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.full([BLOCK_M], 0.0, tl.float32)
     sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
-    table = block_table + seq.to(tl.int64) * block_table_stride
     first, last = begin + i * 0, end - 1 + i * 0
     top, norm, sums = over_keys(
         query, query_low, factors, first, last, begin, end, table,
-        k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, top, norm, sums,
+        k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, page, top, norm, sums,
         HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, False, BLOCK_D, BLOCK_N, PRECISION,
     )  # fmt: skip
     is_lost = (lacks_keys(first, last, begin, end, table, pages, PAGE, BLOCK_N) > 0) | ((seq >= 0) & (is_known == 0))
@@ -237,7 +245,8 @@ def attention_prefill(
         table = block_table + now.to(tl.int64) * block_table_stride
         lost += lacks_keys(first, last, begin, largest(last, 0) + 1, table, pages, PAGE, 16)
         now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
-    query, query_low, factors = load_query(q, q_stride, token, query_head, mask, factor, HEAD_DIM, BLOCK_D, K_HALF)
+    query = load_query(q, q_stride, token, query_head, mask, HEAD_DIM, BLOCK_D)
+    query, query_low, factors = split_query(query, factor, K_HALF)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     norm = tl.full([BLOCK_M], 0.0, tl.float32)
     sums = tl.full([BLOCK_M, BLOCK_D], 0.0, tl.float32)
@@ -249,9 +258,10 @@ def attention_prefill(
         begin, end = part_of(begin, end, part, PARTS, BLOCK_N)
         last = tl.where(is_now, tl.minimum(position, end - 1), -1)
         table = block_table + now.to(tl.int64) * block_table_stride
+        page = load_pages(table, begin + tl.arange(0, BLOCK_N), end, PAGE)
         top, norm, sums = over_keys(
             query, query_low, factors, first, last, begin, end, table,
-            k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, top, norm, sums,
+            k_pages, k_pages_stride, v_pages, v_pages_stride, head, pages, cap, page, top, norm, sums,
             HEAD_DIM, PAGE, K_HALF, V_HALF, HAS_CAP, HAS_WINDOW, BLOCK_D, BLOCK_N, PRECISION,
         )  # fmt: skip
         now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
