@@ -24,7 +24,7 @@ from .launch import (
 )
 
 BITS = 30  # of floats from 0 to 1
-MOST_PARTS = 64
+MOST_PARTS = 64  # what each program of the next kernel reads of a row: 64 sums for each of 64 thresholds, 16 KB
 TILE = 1 << 14  # comparisons of masses and thresholds at once: 64 a thread
 LARGEST_TILE = 1 << 20  # that Triton has
 SIDE = 64  # of the square tiles of the walk
@@ -39,7 +39,7 @@ def _cut(target: Target, vocab: int) -> tuple[int, int, int]:
 
 
 def _turns(target: Target) -> tuple[int, list[int]]:
-    """Ways of a turn, and how far apart its thresholds are: WAYS times the first are all bits, the last is 1."""
+    """How many thresholds a turn has, and how far apart those of each turn are: all bits at first, then 1 at last."""
     bits = 10 if target.is_interpreted else 6
     return 1 << bits, [1 << shift for shift in range(BITS - bits, -1, -bits)]
 
