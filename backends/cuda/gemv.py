@@ -27,7 +27,6 @@ from .launch import (
 LEVELS = 127  # integers up to this, as 8 bits hold them
 MOST_ROWS = 8  # of x; beyond, tensor cores have something to do
 LEAST_ARCH = 75  # what the backend opens; dp4a itself is there since 6.1
-MOST_CANDIDATES = 3
 # Warps of a block, and blocks that a multiprocessor has registers for without spilling any (64, 80 and 128 for a
 # thread), for 1, 2 and more rows of x. Many warps share the work of rounding x, few spread a short weight over more
 # multiprocessors.
@@ -65,7 +64,11 @@ def shared_bytes(rows: int, columns: int, warps: int) -> int:
 
 
 def candidates(planner: Planner, call: BoundCall) -> list[list[Launch]]:
-    """Launches that do `call` (gemm or an op fused with it), the most promising first; none where it is not offered."""
+    """Launches that do `call` (gemm or an op fused with it), none where it is not offered.
+
+    The most promising come first. Only the order depends on the GPU, so that what is compiled ahead serves all of an
+    architecture.
+    """
     signature = call.signature
     if not is_offered(planner.target, signature):
         return []
@@ -86,7 +89,7 @@ def candidates(planner: Planner, call: BoundCall) -> list[list[Launch]]:
         at_once = shape[0] * shape[2]
         return round(cdiv(cdiv(features, at_once), units) * at_once * units / features, 1)
 
-    return [[_launch(planner.target, call, *shape)] for shape in sorted(shapes, key=imbalance)[:MOST_CANDIDATES]]
+    return [[_launch(planner.target, call, *shape)] for shape in sorted(shapes, key=imbalance)]
 
 
 def _launch(target: Target, call: BoundCall, warps: int, per_sm: int, w_rows: int) -> Launch:
@@ -108,4 +111,4 @@ def _launch(target: Target, call: BoundCall, warps: int, per_sm: int, w_rows: in
     shared = shared_bytes(x.shape[0], columns, warps)
     resident = max(1, min(per_sm, (target.shared_bytes + RESERVED) // (shared + RESERVED)))
     grid = min(target.multiprocessors * resident, cdiv(features, warps * w_rows))
-    return launch("gemv_dp4a.cu", "gemv", (grid,), arguments, constants, warps=warps, shared=shared)
+    return launch("gemv_dp4a.cu", "gemv_dp4a", (grid,), arguments, constants, warps=warps, shared=shared)

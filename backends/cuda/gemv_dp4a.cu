@@ -1,4 +1,4 @@
-// gemv: y = x @ w.T for a few rows of x, rounded to int8 in steps of max|x| / 127 per block of 32 columns. Host side:
+// gemv_dp4a: y = x @ w.T for a few rows of x, rounded to int8 in steps of max|x| / 127 per block of 32 columns. Host side:
 // gemv.py; how w lies in memory: formats.py.
 //
 // Compiled for BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES   the format of w (formats.constants)
@@ -236,10 +236,10 @@ static __device__ __forceinline__ float over_lanes(float *sums, int lane) {
 
 // Shared memory: the quants, blocks and squares of round_x. See gemv.py: shared_bytes.
 extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
-    gemv(const float *x, int x_stride, const float *weight, float eps, float weight_offset, const uint4 *w_quants,
-         const unsigned *w_high, const void *w_scales, const void *w_supers, const uint4 *up_quants,
-         const unsigned *up_high, const void *up_scales, const void *up_supers, const float *bias, float *y,
-         int y_stride, int rows, int columns, int features) {
+    gemv_dp4a(const float *x, int x_stride, const float *weight, float eps, float weight_offset,
+              const uint4 *w_quants, const unsigned *w_high, const void *w_scales, const void *w_supers,
+              const uint4 *up_quants, const unsigned *up_high, const void *up_scales, const void *up_supers,
+              const float *bias, float *y, int y_stride, int rows, int columns, int features) {
   extern __shared__ uint4 shared[];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int blocks = columns / 32, units = columns / UNIT;
@@ -250,7 +250,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, PER_SM)
   Block *found = (Block *)(quants + ROWS * 2 * blocks);
   float *squares = (float *)(found + ROWS * blocks);
 
-  {  // of each row 128 bytes per lane that has it: half of the lanes quants, the others scales
+  {  // the first of each row, 128 bytes per lane: half of the lanes quants, the others scales
     const int source = lane % SOURCES, line = lane % 16 / SOURCES * 128;
     const unsigned row = begin + source % W_ROWS;
     const bool is_quants = lane < 16, is_w = source < W_ROWS;
