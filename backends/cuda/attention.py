@@ -69,8 +69,8 @@ def _prefill_tile(target: Target, block_d: int, element: int) -> Tile:
     if row <= 256 and element == 2:
         sizes = [(128, 64 if major >= 9 else 32, 8), (64, 32, 4), (32, 32, 4)]
     elif row <= 512 and element == 2:
-        # Hopper's own products, which take tiles of 64, leave it too few registers.
-        sizes = [(32, 32, 4), (32, 16, 4)] if major == 9 else [(64, 32, 8), (32, 32, 4), (32, 16, 4)]
+        # Tiles of 64 are for where sums lie in a memory of their own: elsewhere they leave too few registers.
+        sizes = [(64, 32, 8), (32, 32, 4)] if major >= 10 else [(32, 32, 4), (32, 16, 4)]
     else:
         sizes = [(32, 32, 4) if row <= 256 else (32, 16, 4) if row <= 512 else (16, 16, 8), (16, 16, 4)]
     tiles = [Tile(m, n, warps, stages) for m, n, warps in sizes for stages in (3, 2)]
@@ -86,7 +86,7 @@ def _plan(target: Target, signature: Signature) -> Plan:
     element = 2 if all(_is_half(target, tensors[name]) for name in ("k_pages", "v_pages")) else 4
     keys, units = max_pages * page_size, INTERPRETED_UNITS if target.is_interpreted else target.multiprocessors
     # as many sequences: one token of each, no two of which share keys
-    is_decode = tokens <= sequences and group <= 64
+    is_decode = tokens <= sequences and group * block_d <= 64 * 128
     if is_decode:
         # A multiprocessor holds two programs at once; of sequences of different lengths it wants some more.
         tile, rows = _decode_tile(target, group, block_d * element), group
@@ -95,7 +95,9 @@ def _plan(target: Target, signature: Signature) -> Plan:
         tile = _prefill_tile(target, block_d, element)
         rows = min(tile.block_m, min(tokens, max(1, tile.block_m // group)) * group)
         if power_of_two(rows) < tile.block_m:
-            tile = replace(tile, block_m=max(16, power_of_two(rows)), warps=4)
+            tile = replace(tile, block_m=max(16, power_of_two(rows)))
+            if tile.block_m <= 32:
+                tile = replace(tile, block_n=min(32, tile.block_n), warps=4)
     tiles = cdiv(tokens * group, rows)
     parts = max(1, min(units // (tiles * kv_heads), cdiv(keys, tile.block_n)))
     function = "attention_decode" if is_decode else "attention_prefill"
@@ -122,18 +124,25 @@ def _bind(planner: Planner, call: BoundCall) -> list[Launch]:
         "positions": pointer(tensors["positions"]), **place("y", tensors["y"]), **parts, "tokens": tokens,
         "sequences": sequences, "max_pages": max_pages, "pages": pages, "kv_heads": kv_heads, "factor": float(factor),
         "cap": float(cap * math.log2(math.e)), "window": attrs["window"],
+        "rows": x.rows,
     }  # fmt: skip
     constants = {
         "GROUP": heads // kv_heads, "HEAD_DIM": head_dim, "PAGE": page_size,
         "K_HALF": int(_is_half(target, tensors["k_pages"])), "V_HALF": int(_is_half(target, tensors["v_pages"])),
-        "HAS_CAP": int(cap > 0), "HAS_WINDOW": int(attrs["window"] > 0), "ROWS": x.rows, "PARTS": x.parts,
+        "HAS_CAP": int(cap > 0), "HAS_WINDOW": int(attrs["window"] > 0), "IS_WHOLE": int(x.parts == 1),
         "BLOCK_M": x.tile.block_m, "BLOCK_N": x.tile.block_n, "BLOCK_D": x.block_d, "PRECISION": _precision(target),
     }  # fmt: skip
     grid = (x.tiles, kv_heads, x.parts)
     launches = [launch("attention", x.function, grid, arguments, constants, x.tile.warps, x.tile.stages)]
     if x.parts > 1:
-        arguments = {**place("y", tensors["y"]), **parts, "seq_ids": pointer(tensors["seq_ids"]), "heads": heads}
-        constants = {"HEAD_DIM": head_dim, "PARTS": x.parts, "BLOCK_P": power_of_two(x.parts), "BLOCK_D": x.block_d}
+        arguments = {
+            **place("y", tensors["y"]),
+            **parts,
+            "seq_ids": pointer(tensors["seq_ids"]),
+            "heads": heads,
+            "parts": x.parts,
+        }
+        constants = {"HEAD_DIM": head_dim, "BLOCK_P": power_of_two(x.parts), "BLOCK_D": x.block_d}
         launches.append(launch("attention", "attention_merge", (tokens, heads), arguments, constants))
     return launches
 

@@ -48,11 +48,11 @@ def product(a, a_low, b, sums, IS_HALF: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def part_of(begin, end, part, PARTS: tl.constexpr, BLOCK_N: tl.constexpr):
-    """First and last + 1 of the keys of a part: of equal length, whole 16s, but no less than a block."""
-    length = (end - begin + 16 * PARTS - 1) // (16 * PARTS) * 16
-    length = tl.maximum(length, BLOCK_N)
-    first = begin + tl.minimum(part * length, end - begin)
+def part_of(begin, end, BLOCK_N: tl.constexpr):
+    """First and last + 1 of the keys of this program's part: of equal length, whole 16s, but no less than a block."""
+    share = 16 * tl.num_programs(2)
+    length = tl.maximum((end - begin + share - 1) // share * 16, BLOCK_N)
+    first = begin + tl.minimum(tl.program_id(2) * length, end - begin)
     return first, tl.minimum(first + length, end)
 
 
@@ -147,18 +147,18 @@ def lacks_keys(first, last, begin, end, table, pages, PAGE: tl.constexpr, BLOCK_
 
 @triton.jit
 def store(
-    y, y_stride, part_tops, part_norms, part_sums, token, query_head, heads, part, is_padding, mask, is_row,
+    y, y_stride, part_tops, part_norms, part_sums, token, query_head, heads, is_padding, mask, is_row,
     top, norm, sums,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PARTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, IS_WHOLE: tl.constexpr,
 ):  # fmt: skip
     """y of the rows (token, query_head) [M], or if there are several parts what attention_merge needs of this one."""
     d = tl.arange(0, BLOCK_D)
     token = token.to(tl.int64)
-    if PARTS == 1:
+    if IS_WHOLE:
         result = tl.where(is_padding[:, None], 0.0, sums / norm[:, None])
         tl.store(y + token[:, None] * y_stride + (query_head * HEAD_DIM)[:, None] + d[None, :], result, mask=mask)
     else:
-        at = (token * heads + query_head) * PARTS + part
+        at = (token * heads + query_head) * tl.num_programs(2) + tl.program_id(2)
         tl.store(part_tops + at, top, mask=is_row)
         tl.store(part_norms + at, norm, mask=is_row)
         tl.store(part_sums + at[:, None] * HEAD_DIM + d[None, :], sums, mask=mask & (norm != 0.0)[:, None])
@@ -168,14 +168,13 @@ def store(
 def attention_decode(
     q, q_stride, k_pages, k_pages_stride, v_pages, v_pages_stride, block_table, block_table_stride, seq_ids, positions,
     y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap, window,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    rows, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The query heads of (token, kv head) over a part of the keys. [tokens, kv_heads, PARTS], ROWS = GROUP."""
+    """The query heads of (token, kv head) over a part of the keys. [tokens, kv_heads, parts], rows = GROUP."""
     token = tl.program_id(0)
     head = tl.program_id(1)
-    part = tl.program_id(2)
     i = tl.arange(0, BLOCK_M)
     token_of = token + i * 0
     query_head = head * GROUP + i
@@ -188,7 +187,7 @@ def attention_decode(
     first = 0
     if HAS_WINDOW:
         first = tl.maximum(0, position - window + 1)
-    begin, end = part_of(first, tl.where(is_known, position + 1, first), part, PARTS, BLOCK_N)
+    begin, end = part_of(first, tl.where(is_known, position + 1, first), BLOCK_N)
     table = block_table + seq.to(tl.int64) * block_table_stride
     # asked for before the query is here: what follows waits for both
     page = load_pages(table, begin + tl.arange(0, BLOCK_N), end, PAGE)
@@ -205,8 +204,8 @@ def attention_decode(
     is_lost = (lacks_keys(first, last, begin, end, table, pages, PAGE, BLOCK_N) > 0) | ((seq >= 0) & (is_known == 0))
     norm = tl.where(is_lost, float("nan"), norm)
     store(
-        y, y_stride, part_tops, part_norms, part_sums, token_of, query_head, kv_heads * GROUP, part, i * 0 + seq < 0,
-        mask, is_row, top, norm, sums, HEAD_DIM, BLOCK_D, PARTS,
+        y, y_stride, part_tops, part_norms, part_sums, token_of, query_head, kv_heads * GROUP, i * 0 + seq < 0,
+        mask, is_row, top, norm, sums, HEAD_DIM, BLOCK_D, IS_WHOLE,
     )  # fmt: skip
 
 
@@ -214,19 +213,18 @@ def attention_decode(
 def attention_prefill(
     q, q_stride, k_pages, k_pages_stride, v_pages, v_pages_stride, block_table, block_table_stride, seq_ids, positions,
     y, y_stride, part_tops, part_norms, part_sums, tokens, sequences, max_pages, pages, kv_heads, factor, cap, window,
-    GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
-    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    rows, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, PAGE: tl.constexpr, K_HALF: tl.constexpr, V_HALF: tl.constexpr,
+    HAS_CAP: tl.constexpr, HAS_WINDOW: tl.constexpr, IS_WHOLE: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A tile of ROWS rows (token, query head of a kv head) over a part of the keys. [tiles, kv_heads, PARTS]."""
+    """A tile of `rows` (token, query head of a kv head) over a part of the keys. [tiles, kv_heads, parts]."""
     # the last tile first: it may have the most keys
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     head = tl.program_id(1)
-    part = tl.program_id(2)
     i = tl.arange(0, BLOCK_M)
-    token = (tile * ROWS + i) // GROUP
-    query_head = head * GROUP + (tile * ROWS + i) % GROUP
-    is_row = (i < ROWS) & (token < tokens)
+    token = (tile * rows + i) // GROUP
+    query_head = head * GROUP + (tile * rows + i) % GROUP
+    is_row = (i < rows) & (token < tokens)
     mask = is_row[:, None] & (tl.arange(0, BLOCK_D) < HEAD_DIM)[None, :]
     seq = tl.load(seq_ids + token, mask=is_row, other=-1)
     position = tl.load(positions + token, mask=is_row, other=-1)
@@ -255,7 +253,7 @@ def attention_prefill(
         is_now = is_known & (seq == now)
         begin = smallest(tl.where(is_now, first, NOTHING), 0)
         end = largest(tl.where(is_now, position, -1), 0) + 1
-        begin, end = part_of(begin, end, part, PARTS, BLOCK_N)
+        begin, end = part_of(begin, end, BLOCK_N)
         last = tl.where(is_now, tl.minimum(position, end - 1), -1)
         table = block_table + now.to(tl.int64) * block_table_stride
         page = load_pages(table, begin + tl.arange(0, BLOCK_N), end, PAGE)
@@ -267,23 +265,23 @@ def attention_prefill(
         now = smallest(tl.where(is_known & (seq > now), seq, NOTHING), 0)
     norm = tl.where(lost > 0, float("nan"), norm)
     store(
-        y, y_stride, part_tops, part_norms, part_sums, token, query_head, kv_heads * GROUP, part, seq < 0, mask, is_row,
-        top, norm, sums, HEAD_DIM, BLOCK_D, PARTS,
+        y, y_stride, part_tops, part_norms, part_sums, token, query_head, kv_heads * GROUP, seq < 0, mask, is_row,
+        top, norm, sums, HEAD_DIM, BLOCK_D, IS_WHOLE,
     )  # fmt: skip
 
 
 @triton.jit
 def attention_merge(
-    y, y_stride, part_tops, part_norms, part_sums, seq_ids, heads,
-    HEAD_DIM: tl.constexpr, PARTS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    y, y_stride, part_tops, part_norms, part_sums, seq_ids, heads, parts,
+    HEAD_DIM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """y from the parts that the others left, for (token, query head)."""
     token = tl.program_id(0)
     head = tl.program_id(1)
     part = tl.arange(0, BLOCK_P)
     d = tl.arange(0, BLOCK_D)
-    at = (token.to(tl.int64) * heads + head) * PARTS + part
-    is_part = part < PARTS
+    at = (token.to(tl.int64) * heads + head) * parts + part
+    is_part = part < parts
     top = tl.load(part_tops + at, mask=is_part, other=float("-inf"))
     norm = tl.load(part_norms + at, mask=is_part, other=0.0)
     # Parts without keys hold anything. To know them first would be to wait twice.
