@@ -39,6 +39,8 @@ WARPS_PER_UNIT = 16  # that a multiprocessor should have at least, to have loads
 # Tiles of rows of w that a program of `gemv` takes, by rows of x times weights: as many as leave registers. AMD's
 # compiler has all x of a step in registers at once, and spills sooner.
 REPEAT = {"cuda": {1: 4, 2: 2, 4: 2}, "hip": {1: 2}}
+STEPS = 4  # of K that a program of `gemm` should take at least
+LARGE_TILES = ("90", "100")  # whose matrix instructions leave registers for 256 rows of x at a time
 BFLOAT_ARCH = 80  # NVIDIA GPUs before it have no bfloat16 in their tensor cores
 
 
@@ -67,13 +69,14 @@ def _is_bfloat(target: Target, signature: Signature) -> bool:
 
 
 def _bind(planner: Planner, call: BoundCall) -> Sequence[Launch]:
+    (rows, k), n = call.tensors["x"].shape, call.tensors["y"].shape[1]
     ways = gemv.candidates(planner, call)
-    if call.tensors["x"].shape[0] <= GEMV_ROWS[planner.target.kind]:
-        ways.append(_gemv(planner, call))
+    if rows <= GEMV_ROWS[planner.target.kind]:
+        is_choice = not (ways or planner.target.is_interpreted)
+        ways += [_gemv(planner, call, is_wide) for is_wide in ((False, True) if is_choice else (False,))]
     ways = ways or _many(planner, call)
-    shapes = {name: tensor.shape for name, tensor in call.tensors.items()}
-    dtypes = {name: tensor.dtype for name, tensor in call.tensors.items()}
-    return planner.choose((call.op, shapes, dtypes, call.attrs["precision"]), ways)
+    names = [call.tensors[name].dtype for one in _passes(call) for name in one]
+    return planner.choose((call.op, *names, power_of_two(rows), n, k, call.attrs["precision"]), ways)
 
 
 def _many(planner: Planner, call: BoundCall) -> list[list[Launch]]:
@@ -157,11 +160,11 @@ def _reading(call: BoundCall, names: list[str]) -> tuple[dict[str, Argument], di
     return arguments, formats.constants(FORMATS[first.dtype])
 
 
-def _gemv(planner: Planner, call: BoundCall) -> list[Launch]:
+def _gemv(planner: Planner, call: BoundCall, is_wide: bool) -> list[Launch]:
     x, n = call.tensors["x"], call.tensors["y"].shape[1]
     rows, k = x.shape
     passes = _passes(call)
-    shapes = [_gemv_shape(planner.target, call.tensors[one[0]].dtype, n, k, rows, len(one)) for one in passes]
+    shapes = [_gemv_shape(planner.target, call.tensors[one[0]].dtype, n, k, rows * len(one), is_wide) for one in passes]
     parts = _Parts(planner, call, max(splits for _, _, splits in shapes))
     ending, how = _epilogue(call)
     launches: list[Launch] = []
@@ -171,8 +174,9 @@ def _gemv(planner: Planner, call: BoundCall) -> list[Launch]:
         unit, (lanes, across) = _unit(dtype), _lanes(planner.target, dtype, n, repeat)
         arguments = {
             **place("x", x), "norm": pointer(call.tensors.get("weight", x)), **weights, **ending,
-            "sums": parts.sums(number), "sums_stride": parts.stride, "squares": parts.squares(), "rows": rows, "n": n,
-            "columns": k, "steps": cdiv(cdiv(k, unit * across * warps), parts.splits), **_norm(call),
+            "sums": parts.sums(number), "sums_stride": n, "parts_stride": parts.stride, "squares": parts.squares(),
+            "rows": rows, "n": n, "columns": k, "steps": cdiv(cdiv(k, unit * across * warps), parts.splits),
+            **_norm(call),
         }  # fmt: skip
         constants = {
             "NORM": int("weight" in call.tensors), **how, "GLU": how["GLU"] if len(names) > 1 else "",
@@ -197,44 +201,73 @@ def _lanes(target: Target, dtype: str, n: int, repeat: int) -> tuple[int, int]:
     return (64 if target.kind == "hip" else 32) // across, across
 
 
-def _gemv_shape(target: Target, dtype: str, n: int, k: int, rows: int, weights: int) -> tuple[int, int, int]:
-    """Tiles of rows in a program, warps, and splits of K."""
+def _gemv_shape(target: Target, dtype: str, n: int, k: int, products: int, is_wide: bool) -> tuple[int, int, int]:
+    """Tiles of rows in a program, warps, and splits of K, for `products`: rows of x times weights. Fewer rows and more
+    warps (`is_wide`) read longer parts of rows, and x more often."""
     lanes, across = _lanes(target, dtype, n, 2)
     units = cdiv(k, _unit(dtype))
     if target.is_interpreted:  # a split where that is possible, so that it is proven
         return 2, 1, 2 if units > across else 1
     enough = target.multiprocessors * WARPS_PER_UNIT
-    repeat = REPEAT[target.kind].get(weights * power_of_two(rows), 1)
+    repeat = REPEAT[target.kind].get(power_of_two(products), 1)
     while repeat > 1 and cdiv(n, repeat * lanes) * 8 < enough:
         repeat //= 2
+    if is_wide and repeat > 1:
+        repeat //= 2
     programs = cdiv(n, repeat * lanes)
-    warps = min(4 if programs * 4 >= enough else 8, power_of_two(cdiv(units, across)))
+    warps = min(8 if is_wide or programs * 4 < enough else 4, power_of_two(cdiv(units, across)))
     splits = min(cdiv(units, across * warps), cdiv(enough, 2 * programs * warps))
     return repeat, warps, splits
 
 
 @dataclass(frozen=True)
 class _Tile:
-    """Of `gemm`: rows of x, rows of w, blocks of 32 columns."""
+    """Of `gemm`: rows of x, rows of w, blocks of 32 columns; and how many programs a multiprocessor should have."""
 
     m: int
     n: int
     blocks: int
     warps: int
     stages: int
+    programs: int
 
 
 def _tiles(target: Target, call: BoundCall) -> list[_Tile]:
+    """Few rows wait for memory: more programs and more loads under way. Many wait for the tensor cores: there the more
+    rows of x share the unpacking of a weight the better, if there are tiles enough for all multiprocessors."""
     rows, weights = call.tensors["x"].shape[0], len(_passes(call)[0])
     if target.is_interpreted:
-        return [_Tile(32, 128, 2, 1, 1)]
+        return [_Tile(32, 128, 2, 1, 1, 1)]
     if not _is_bfloat(target, call.signature):
-        return [_Tile(min(64, power_of_two(rows)), 64, 1, 8, 2)]
-    if rows <= 32:
-        return [_Tile(max(16, power_of_two(rows)), 64, 4, 4, 3)]
-    if rows <= 64:
-        return [_Tile(64, 128 // weights, 2, 4, 3)]
-    return [_Tile(128, 128 // weights, 2, 8, 3)]
+        found = [_Tile(min(64, power_of_two(rows)), 64, 1, 8, 2, 2)]
+    elif rows <= 32:
+        found = [_Tile(max(16, power_of_two(rows)), 64, 4, 4, 5, 3)]
+    elif rows <= 64:
+        found = [_Tile(64, 64, 2, 4, 3, 2)]
+    else:
+        found = [_Tile(128, 128 // weights, 2, 8, 3, 1)]
+        programs = cdiv(rows, 256) * cdiv(call.tensors["y"].shape[1], 128 // weights)
+        if len(_passes(call)) == 1 and programs >= target.multiprocessors and target.arch in LARGE_TILES:
+            found.append(_Tile(256, 128 // weights, 2, 8, 3, 1))
+    return [replace(tile, stages=min(tile.stages, _stages(target, call, tile))) for tile in found]
+
+
+def _stages(target: Target, call: BoundCall, tile: _Tile) -> int:
+    """Stages whose loads fit shared memory, beside a tile of weights as operands."""
+    element = 2 if _is_bfloat(target, call.signature) else 4
+    read = sum(_bytes_read(call.tensors[name].dtype) for name in _passes(call)[0])
+    one = tile.blocks * (tile.m * formats.BLOCK * element + tile.n * read)
+    operands = tile.n * tile.blocks * formats.BLOCK * element * len(_passes(call)[0])
+    fitting = (target.shared_bytes - operands) // one
+    return max(1, fitting if target.kind == "cuda" else min(fitting + 1, 2))  # AMD: the last stage is in registers
+
+
+def _bytes_read(dtype: str) -> int:
+    """Of 32 columns of a row, without scales."""
+    if dtype in formats.FLOAT_BYTES:
+        return formats.BLOCK * formats.FLOAT_BYTES[dtype]
+    records = formats.LAYOUTS[dtype].records
+    return records["quants"] + records.get("high", 0)
 
 
 def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
@@ -244,7 +277,7 @@ def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
     rounding = 0 if not is_rounded else 2 if target.is_interpreted else 1
     steps = cdiv(k, 32 * tile.blocks)
     width = steps * 32 * tile.blocks
-    z = room(planner, "normed", rows * width * 4, "bf16" if rounding == 1 else "fp32")
+    z = room(planner, "operand", rows * width * 4, "bf16" if rounding == 1 else "fp32")
     numbers = {"z_stride": width, "columns": k, **_norm(call)}
     norm = {"norm": pointer(call.tensors.get("weight", x)), "z": z}
     block = power_of_two(width) if target.is_interpreted else 1024
@@ -252,18 +285,20 @@ def _gemm(planner: Planner, call: BoundCall, tile: _Tile) -> list[Launch]:
     launches = [launch("gemm", "prepare", (rows,), {**place("x", x), **norm, **numbers}, constants)]
 
     programs = cdiv(rows, tile.m) * cdiv(n, tile.n)
-    splits = min(steps, 2 if target.is_interpreted else max(1, target.multiprocessors // programs))
+    enough = target.multiprocessors * tile.programs
+    splits = min(2, steps) if target.is_interpreted else min(max(1, enough // programs), cdiv(steps, STEPS))
     parts = _Parts(planner, call, splits)
     ending, how = _epilogue(call)
     for number, names in enumerate(parts.passes):
         weights, constants = _reading(call, names)
         arguments = {
-            "z": z, "z_stride": width, **weights, **ending, "sums": parts.sums(number), "sums_stride": parts.stride,
-            "rows": rows, "n": n, "columns": k, "steps": cdiv(steps, splits),
+            "z": z, "z_stride": width, **weights, **ending, "sums": parts.sums(number), "sums_stride": n,
+            "parts_stride": parts.stride, "rows": rows, "n": n, "columns": k, "steps": cdiv(steps, splits),
         }  # fmt: skip
         constants = {
             **how, "GLU": how["GLU"] if len(names) > 1 else "", "SPLIT": int(parts.is_split), **constants,
-            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_B": tile.blocks, "GROUP": 8, "ROUND": rounding,
+            "BLOCK_M": tile.m, "BLOCK_N": tile.n, "BLOCK_B": tile.blocks,
+            "WHOLE": int(constants["BITS"] > 0 or k == width), "GROUP": 8, "ROUND": rounding,
         }  # fmt: skip
         launches.append(launch("gemm", "gemm", (programs, splits), arguments, constants, tile.warps, tile.stages))
     return [*launches, *parts.end(False)]

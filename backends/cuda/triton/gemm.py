@@ -71,13 +71,16 @@ def _blocks(row, block, columns):
 def _tile(
     w_quants, w_high, scale, row, block, columns, two23,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Weights [BLOCK_N, 32 * BLOCK_B] of the rows int64 [BLOCK_N] and the blocks [BLOCK_B]."""
     if BITS == 0:
         column = tl.reshape(block[:, None] * 32 + tl.arange(0, 32)[None, :], [BLOCK_B * 32])
         place = w_quants + row[:, None] * columns + column[None, :]
-        tile = tl.load(place, mask=(column < columns)[None, :], other=0.0)
+        if WHOLE:
+            tile = tl.load(place)
+        else:
+            tile = tl.load(place, mask=(column < columns)[None, :], other=0.0)
     else:
         raw = packed_quants(w_quants, w_high, _blocks(row, block, columns), BITS) + scale
         lo, hi = quants(raw, two23, BITS, OFFSET)
@@ -94,13 +97,14 @@ def _tile(
 @triton.jit
 def gemm(
     z, z_stride, w_quants, w_high, w_scales, w_supers, u_quants, u_high, u_scales, u_supers,
-    bias, y, y_stride, sums, sums_stride, rows, n, columns, steps,
+    bias, y, y_stride, sums, sums_stride, parts_stride, rows, n, columns, steps,
     GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, GROUP: tl.constexpr, ROUND: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr,
+    ROUND: tl.constexpr,
 ):  # fmt: skip
     """y[rows, n] = z w^T, z [rows, z_stride] from `prepare`, z_stride whole steps of 32 * BLOCK_B columns; with SPLIT,
-    `steps` of them each, to sums.
+    `steps` of them each, to sums. WHOLE: rows of a float weight end with a step.
 
     Neighbouring programs share rows of w, then (up to GROUP of BLOCK_M) rows of z, so that both come from the L2 cache.
     """
@@ -128,7 +132,7 @@ def gemm(
         next_of_w = _scales(w_scales, w_supers, row_of_w, here + BLOCK_B, columns, BITS, IS_SUPER)
         w = _tile(
             w_quants, w_high, scale_of_w, row_of_w, here, columns, two23,
-            BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B,
+            BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B, WHOLE,
         )  # fmt: skip
         sums_of_w = tl.dot(_operand(w, ROUND), tl.trans(x), sums_of_w, input_precision="ieee")
         scale_of_w = next_of_w
@@ -136,7 +140,7 @@ def gemm(
             next_of_u = _scales(u_scales, u_supers, row_of_w, here + BLOCK_B, columns, BITS, IS_SUPER)
             u = _tile(
                 u_quants, u_high, scale_of_u, row_of_w, here, columns, two23,
-                BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B,
+                BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES, BLOCK_N, BLOCK_B, WHOLE,
             )  # fmt: skip
             sums_of_u = tl.dot(_operand(u, ROUND), tl.trans(x), sums_of_u, input_precision="ieee")
             scale_of_u = next_of_u
@@ -144,9 +148,9 @@ def gemm(
     column = column[:, None]
     mask = (row < rows) & (column < n)
     if SPLIT:
-        to = sums + tl.program_id(1).to(tl.int64) * sums_stride + row.to(tl.int64) * n + column
+        to = sums + tl.program_id(1).to(tl.int64) * parts_stride + row.to(tl.int64) * sums_stride + column
         tl.store(to, sums_of_w, mask=mask)
         if GLU != "":
-            tl.store(to + rows.to(tl.int64) * n, sums_of_u, mask=mask)
+            tl.store(to + rows.to(tl.int64) * sums_stride, sums_of_u, mask=mask)
     else:
         finish(sums_of_w, sums_of_u, bias, y, y_stride, row, column, mask, GLU, BIASED, ADD)

@@ -119,7 +119,7 @@ def _stack(totals, LEFT: tl.constexpr):
 @triton.jit
 def gemv(
     x, x_stride, norm, w_quants, w_high, w_scales, w_supers, u_quants, u_high, u_scales, u_supers,
-    bias, y, y_stride, sums, sums_stride, squares, rows, n, columns, steps, eps, offset,
+    bias, y, y_stride, sums, sums_stride, parts_stride, squares, rows, n, columns, steps, eps, offset,
     NORM: tl.constexpr, GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, SPLIT: tl.constexpr,
     BITS: tl.constexpr, OFFSET: tl.constexpr, HAS_MIN: tl.constexpr, IS_SUPER: tl.constexpr, HALVES: tl.constexpr,
     UNIT: tl.constexpr, ROWS: tl.constexpr, REPEAT: tl.constexpr, WARPS: tl.constexpr, LANES: tl.constexpr,
@@ -199,10 +199,10 @@ def gemv(
     mask = (row < rows) & (column < n)
     if SPLIT:
         split = tl.program_id(1)
-        to = sums + split.to(tl.int64) * sums_stride + row * n + column
+        to = sums + split.to(tl.int64) * parts_stride + row * sums_stride + column
         tl.store(to, value, mask=mask)
         if GLU != "":
-            tl.store(to + rows * n, up, mask=mask)
+            tl.store(to + rows * sums_stride, up, mask=mask)
         if NORM:
             is_one = (row < rows) & (lane[:, None, None] + tl.program_id(0) == 0)
             tl.store(squares + split * rows + row + lane[:, None, None], square, mask=is_one)
