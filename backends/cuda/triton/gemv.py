@@ -18,13 +18,13 @@ from .weights import bits_of_two23, packed, scales, some_quants
 @triton.jit
 def _bytes(x, norm, column, offset, NORM: tl.constexpr):
     """16 columns of x behind `column` [..., 4], as 4 tensors of the columns 4 i, 4 i + 1, 4 i + 2 and 4 i + 3; and
-    their sum of squares before they are multiplied by the norm's weight."""
+    their squares [..., 4], of each 4 i + j their sum, before the norm's weight."""
     pieces = ()
     squares = 0.0
     for j in tl.static_range(4):
         piece = tl.load(x + column + 4 * j)
         if NORM:
-            squares += total(piece * piece, 3)
+            squares += piece * piece
             piece *= tl.load(norm + column + 4 * j) + offset
         pieces = pieces + (piece,)
     both = tl.join(tl.join(pieces[0], pieces[2]), tl.join(pieces[1], pieces[3]))  # [..., 4, 2, 2]
@@ -168,7 +168,7 @@ def gemv(
             source = x + tl.minimum(m, rows - 1).to(tl.int64) * x_stride
             if BITS == 0:
                 lo = tl.load(source + column, mask=is_column, other=0.0)
-                square = total(lo * lo, 3)
+                square = lo * lo
                 if NORM:
                     lo *= tl.load(norm + column, mask=is_column, other=0.0) + offset
                 hi = lo
@@ -181,7 +181,7 @@ def gemv(
             else:
                 sum_of_x = 0.0
             if NORM:
-                squares_of_x = _with(squares_of_x, m, tl.where(is_unit, square, 0.0), ROWS)
+                squares_of_x = _with(squares_of_x, m, tl.where(is_unit, total(square, 3), 0.0), ROWS)
             for t in tl.static_range(REPEAT * PARTS):
                 product = _product(tiles[t], lo, hi, sum_of_x, is_unit, two23, BITS, OFFSET, HAS_MIN, IS_SUPER, HALVES)
                 totals = _with(totals, t * ROWS + m, product, COUNT)
