@@ -34,7 +34,7 @@ from .launch import (
     weight_arguments,
 )
 
-GEMV_ROWS = {"cuda": 4, "interpret": 4, "hip": 2}
+GEMV_ROWS = {"cuda": 4, "interpret": 4, "hip": 1}
 WARPS_PER_UNIT = 16  # that a multiprocessor should have at least, to have loads enough under way
 # Tiles of rows of w that a program of `gemv` takes, by rows of x times weights: as many as leave registers. AMD's
 # compiler has all x of a step in registers at once, and spills sooner.
