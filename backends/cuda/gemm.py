@@ -197,7 +197,7 @@ def _lanes(target: Target, dtype: str, n: int, repeat: int) -> tuple[int, int]:
     """Rows of w, and units side by side, 128 bytes, that a warp reads at once."""
     across = 16 if formats.FLOAT_BYTES.get(dtype) == 2 else 8
     if target.is_interpreted:
-        return power_of_two(min(256, cdiv(n, repeat))), across
+        return power_of_two(min(2048, cdiv(n, repeat))), across
     return (64 if target.kind == "hip" else 32) // across, across
 
 
@@ -236,8 +236,10 @@ def _tiles(target: Target, call: BoundCall) -> list[_Tile]:
     """Few rows wait for memory: more programs and more loads under way. Many wait for the tensor cores: there the more
     rows of x share the unpacking of a weight the better, if there are tiles enough for all multiprocessors."""
     rows, weights = call.tensors["x"].shape[0], len(_passes(call)[0])
-    if target.is_interpreted:
-        return [_Tile(32, 128, 2, 1, 1, 1)]
+    if target.is_interpreted:  # several programs and steps where that is possible, but large ones: each takes long
+        (_, k), n = call.tensors["x"].shape, call.tensors["y"].shape[1]
+        n_tile, blocks = power_of_two(cdiv(n, 2)), power_of_two(cdiv(k, 2 * formats.BLOCK))
+        return [_Tile(32, min(1024, max(32, n_tile)), min(16, blocks), 1, 1, 1)]
     if not _is_bfloat(target, call.signature):
         found = [_Tile(min(64, power_of_two(rows)), 64, 1, 8, 2, 2)]
     elif rows <= 32:
