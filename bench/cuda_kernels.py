@@ -4,8 +4,8 @@
                                             backends/cuda/README.md
     python bench/cuda_kernels.py --check    says whether table and budget hold for today's sources; compiles nothing
 
-The kernels are those that models of the benchmark suite (kernelbench) need, in every weight format and precision,
-whichever of several candidates the GPU will find faster.
+The kernels are those that an 8B model needs, whichever of several candidates the GPU will find faster: decode steps in
+every weight format and both precisions, prompts and batches in the formats models come in.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kernelbench.cases import MODELS, Model
+from kernelbench.cases import MODELS
 from polykern.backends.cuda.aot import Generator, parse
 from polykern.backends.cuda.compiler import Compiler, compilers, sources
 from polykern.backends.cuda.launch import KernelSpec
 from polykern.kernels.gemm import PRECISIONS
 from polykern.kernels.op import Signature
+from polykern.kernels.program import Program
 from polykern.kernels.quant import FORMATS
-from polykern.runtime.artefacts import BUCKETS
+from polykern.runtime.config import ModelConfig
 from polykern.runtime.machine import provenance
 from polykern.runtime.model import build_program
 from polykern.runtime.plan import plan
+from polykern.runtime.programs import DECODE, DECODE_SAMPLING, PREFILL_CHUNKS, prefill
 from polykern.runtime.progress import ProgressBars
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,40 +40,37 @@ PAGE = ROOT / "backends" / "cuda" / "README.md"
 BEGIN, END = "<!-- compiled kernels: bench/cuda_kernels.py -->", "<!-- end of compiled kernels -->"
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 CONTEXT = 4096
-BATCHES = (1, 8, 32)
+BATCHES = (8, 32)
+WHOLE = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "BF16")  # the formats models come in: prompts and batches as well
 # Bytes of local memory for a thread: what a decode kernel may spill, and any other.
 DECODE_BUDGET, BUDGET = 0, 256
 
 Row = Mapping[str, Any]
 
 
-def models() -> Iterator[Model]:
-    """The suite's models in every format: the 8B model in all, the others in their own."""
-    yield from MODELS.values()
-    for fmt in FORMATS:
-        yield replace(MODELS["8B"], format=fmt, head_format=fmt)
+def programs(config: ModelConfig, is_whole: bool) -> Iterator[Program]:
+    """Decode steps in both precisions; and if `is_whole`, of batches, and prompts."""
+    common = {"ctx": CONTEXT, "page_size": 32}
+    for precision in PRECISIONS:
+        for bucket in (DECODE, DECODE_SAMPLING):
+            yield build_program(config, **bucket._asdict(), **common, precision=precision)
+    if is_whole:
+        for batch in BATCHES:
+            yield build_program(config, tokens=batch, sequences=batch, **common)
+        for tokens in PREFILL_CHUNKS:
+            yield build_program(config, **prefill(tokens)._asdict(), **common)
 
 
 def signatures() -> dict[str, tuple[str, Signature]]:
-    """What the models' programs call: text -> ("decode" or "prefill", signature)."""
+    """What the 8B model's programs call in every format: text -> ("decode" or "prefill", signature)."""
     generator: Any = Generator(parse(TARGETS[1]))
     found: dict[str, tuple[str, Signature]] = {}
-    for model in models():
-        config = model.config(CONTEXT)
-        for precision in PRECISIONS:
-            programs = [
-                build_program(config, **bucket._asdict(), ctx=CONTEXT, page_size=32, precision=precision)
-                for bucket in BUCKETS
-            ]
-            programs += [
-                build_program(config, tokens=n, sequences=n, ctx=CONTEXT, page_size=32, precision=precision)
-                for n in BATCHES
-            ]
-            for program in programs:
-                stage = "decode" if program.name.startswith("decode") else "prefill"
-                for leaf in plan(program, generator, "allow").leaves():
-                    key = f"{stage} {leaf.signature}"
-                    found.setdefault(key, (stage, leaf.signature))
+    for fmt in FORMATS:
+        config = replace(MODELS["8B"], format=fmt, head_format=fmt).config(CONTEXT)
+        for program in programs(config, fmt in WHOLE):
+            stage = "decode" if program.name.startswith("decode") else "prefill"
+            for leaf in plan(program, generator, "allow").leaves():
+                found.setdefault(f"{stage} {leaf.signature}", (stage, leaf.signature))
     return found
 
 

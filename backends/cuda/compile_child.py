@@ -15,6 +15,8 @@ from .compiler import spec_of
 from .launch import KernelSpec, Target
 from .sources import jitted
 
+REGISTERS = 65536  # of a multiprocessor, and of a block at most (CUDA C++ Programming Guide 12.9, table 27)
+
 
 def build(request: Mapping[str, Any]) -> tuple[Mapping[str, Any], bytes]:
     """What Binary wants to know, and the code."""
@@ -38,12 +40,20 @@ def _triton(spec: KernelSpec, target: Target) -> tuple[Mapping[str, Any], bytes]
     source = ASTSource(function, signature, dict(spec.constants), aligned)
     options = {"num_warps": spec.warps, "num_stages": spec.stages}
     compiled = triton.compile(source, target=gpu, options=options)
+    usage = cubin_usage(compiled.asm["cubin"]) if is_cuda else _amd_usage(compiled.asm["amdgcn"])
+    if is_cuda and usage["local_bytes"]:
+        # Left alone, ptxas spills a few registers for one more block on a multiprocessor; told how many a thread may
+        # have, it uses them.
+        most = min(255, REGISTERS // (32 * spec.warps) // 8 * 8)
+        again = triton.compile(source, target=gpu, options={**options, "maxnreg": most})
+        less = cubin_usage(again.asm["cubin"])
+        if less["local_bytes"] < usage["local_bytes"]:
+            compiled, usage = again, less
     about = compiled.metadata
     for room in ("global_scratch_size", "profile_scratch_size"):
         # The launch passes null for both.
         assert not getattr(about, room, 0), f"{spec.function} wants {room.replace('_', ' ')}"
     code = compiled.asm["cubin" if is_cuda else "hsaco"]
-    usage = cubin_usage(code) if is_cuda else _amd_usage(compiled.asm["amdgcn"])
     threads = spec.warps * gpu.warp_size
     # Shared memory of AMD's code objects is static, and counted there.
     return {"symbol": about.name, "threads": threads, "shared": about.shared if is_cuda else 0, **usage}, code
@@ -58,20 +68,27 @@ def _nvrtc(spec: KernelSpec, target: Target) -> tuple[Mapping[str, Any], bytes]:
 
 
 def cubin_usage(code: bytes) -> dict[str, int]:
-    """Registers and local memory of a thread, and static shared memory, as cuobjdump of Triton's wheel reads them."""
-    import triton
+    """Registers and local memory of a thread, and static shared memory, as cuobjdump of Triton's wheel reads them.
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    A stack frame that no instruction uses is none: ptxas reserves 8 or 16 bytes now and then and spills nothing.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        said = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60).stdout
-    found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
-    assert "REG" in found, f"cuobjdump said {said.strip()[-200:]!r}"
-    return {
-        "registers": found["REG"], "local_bytes": max(found["STACK"], found["LOCAL"]), "static_shared": found["SHARED"],
-    }  # fmt: skip
+        said = _cuobjdump("--dump-resource-usage", file.name)
+        found = {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", said)}
+        assert "REG" in found, f"cuobjdump said {said.strip()[-200:]!r}"
+        local = max(found["STACK"], found["LOCAL"])
+        if local and not re.search(r"\b(STL|LDL)\b", _cuobjdump("-sass", file.name)):
+            local = 0
+    return {"registers": found["REG"], "local_bytes": local, "static_shared": found["SHARED"]}
+
+
+def _cuobjdump(what: str, file: str) -> str:
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([str(tool), what, file], check=False, capture_output=True, text=True, timeout=60).stdout
 
 
 def _amd_usage(assembly: str) -> dict[str, int]:
