@@ -31,7 +31,7 @@ static void round_block(const word_t (&words)[2], activations_t &block) {
 LARGEST:
     for (int i = 0; i < BLOCK; i++) {
 #pragma HLS unroll
-        const float size = float_of(bits_of(words[i / LANES].lane[i % LANES]) & 0x7FFFFFFF);
+        const float size = hls::fabs(words[i / LANES].lane[i % LANES]);
         if (size > largest) largest = size;
         is_finite &= (bits_of(size) >> 23) != 255;
     }
