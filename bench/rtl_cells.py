@@ -3,8 +3,8 @@
     python bench/rtl_cells.py            count every element and write the file (ten minutes)
     python bench/rtl_cells.py --check    count again and compare; --only 4-1-s-lut counts one element
 
-What is counted is a netlist for UltraScale+ before placement. It is no Vivado report: Yosys does not use both outputs of a
-LUT6 nor sums of three numbers in one carry chain, both of which Vivado does, and it knows nothing about clock speed.
+What is counted is a netlist for UltraScale+ before placement. It is no Vivado report: Yosys uses neither both outputs of
+a LUT6 nor carry chains of three numbers, which Vivado does, and it says nothing about clock speed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +105,7 @@ def resources(cells: Mapping[str, int]) -> dict[str, float]:
 
 
 def per_lane(elements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind of element what a lane takes and what it takes without lanes: the line through fewest and most lanes."""
+    """For each kind of element what a lane takes, and what is there without lanes: a line through fewest and most lanes."""
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for element in elements:
         kinds.setdefault((element["bits"], element["minimum"], element["dsp_products"]), []).append(element)
@@ -154,7 +156,8 @@ def main() -> int:
         print(f"--only goes with --check and one of {', '.join(map(name_of, ELEMENTS))}", file=sys.stderr)
         return 2
     chosen = [element for element in ELEMENTS if args.only in (None, name_of(element))]
-    found = [record(element) for element in chosen]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(record, chosen))
     if not args.check:
         commit = subprocess.run(
             ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
@@ -173,9 +176,7 @@ def main() -> int:
     kept = json.loads(RESULTS.read_text())
     same_tool = kept["tool"] == version()
     by_name = {element["name"]: element for element in kept["elements"]}
-    wrong = [
-        line for one in found for line in differences(one, by_name[one["name"]], 0.0 if same_tool else TOLERANCE)
-    ]
+    wrong = [line for one in found for line in differences(one, by_name[one["name"]], 0.0 if same_tool else TOLERANCE)]
     if not same_tool:
         print(f"counted by {version()}, the file by {kept['tool']}: up to {TOLERANCE:.0%} apart", file=sys.stderr)
     print("\n".join(wrong) or f"{len(found)} as in {RESULTS.name}")

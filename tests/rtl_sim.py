@@ -1,4 +1,4 @@
-"""Builds and runs the RTL simulation: Icarus Verilog, or Verilator, which is faster and takes half a minute to build."""
+"""Builds and runs the RTL simulation: Icarus Verilog, or Verilator, which is fast and takes half a minute to build."""
 
 from __future__ import annotations
 
@@ -44,20 +44,27 @@ def parameters(element: Element) -> dict[str, int]:
 class Simulator:
     """The processing element of one Element, built once in `folder`; `play` runs groups through it."""
 
-    def __init__(self, element: Element, folder: Path, tool: str = "iverilog", **others: int) -> None:
+    def __init__(
+        self,
+        element: Element,
+        folder: Path,
+        tool: str = "iverilog",
+        sources: Sequence[Path] = SOURCES,
+        **others: int,
+    ) -> None:
         self.element, self.folder = element, folder
         settings = {**parameters(element), **others}
         folder.mkdir(parents=True, exist_ok=True)
         if tool == "iverilog":
             built = folder / "gemv_pe_tb.vvp"
             options = [f"-Pgemv_pe_tb.{name}={value}" for name, value in settings.items()]
-            run("iverilog", "-g2005-sv", "-s", "gemv_pe_tb", *options, "-o", built, BENCH, *SOURCES)
+            run("iverilog", "-g2005-sv", "-s", "gemv_pe_tb", *options, "-o", built, BENCH, *sources)
             self.command: list[str | Path] = ["vvp", "-n", built]
         else:
             options = [f"-G{name}={value}" for name, value in settings.items()]
             run(
-                "verilator", "--binary", "--timing", "-Wno-fatal", "-O3", "--top-module", "gemv_pe_tb", "--Mdir", folder,
-                *options, BENCH, *SOURCES,
+                "verilator", "--binary", "--timing", "-Wno-fatal", "-O3", "--top-module", "gemv_pe_tb",
+                "--Mdir", folder, *options, BENCH, *sources,
             )  # fmt: skip
             self.command = [folder / "Vgemv_pe_tb"]
 
