@@ -13,7 +13,7 @@ ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
 PEERS ?=
 COMPARE := $(PYTHON) bench/peers/run.py $(if $(PEERS),--python "$(PEERS)")
 
-.PHONY: help check static fmt lint types fast test faults fpga fpga-emulator bench kernels support conformance peers
+.PHONY: help check static fmt lint types fast test rtl faults fpga fpga-emulator bench kernels support conformance peers
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##|^[a-z]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -38,6 +38,9 @@ fast:            ## the tests that take seconds
 
 test:            ## all tests, as in the README
 	$(BIN)pytest
+
+rtl:             ## simulate the FPGA engine's RTL in full, and compare its cell counts (quarter of an hour)
+	$(MAKE) -C hls/rtl sim check-cells
 
 faults:          ## try every planted fault of the OpenCL kernels against the suite (half an hour)
 	POLYKERN_ALL_FAULTS=1 $(BIN)pytest -q tests/test_opencl_faults.py

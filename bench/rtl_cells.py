@@ -3,8 +3,8 @@
     python bench/rtl_cells.py            count every element and write the file (ten minutes)
     python bench/rtl_cells.py --check    count again and compare; --only 4-1-s-lut counts one element
 
-What is counted is a netlist for UltraScale+ before placement. It is no Vivado report: Yosys uses neither both outputs of
-a LUT6 nor carry chains of three numbers, which Vivado does, and it says nothing about clock speed.
+What is counted is a netlist for UltraScale+ before placement. It is no Vivado report: Yosys uses neither both
+outputs of a LUT6 nor carry chains of three numbers, which Vivado does, and it says nothing about clock speed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ SOURCES = sorted(path for path in RTL.glob("*.v") if path.name != "gemv_pe_tb.v"
 RESULTS = ROOT / "bench" / "results" / "rtl-cells.json"
 FAMILY = "xcup"
 
+LANES = {4: (1, 2, 4), 8: (1, 2)}
 ELEMENTS = [
-    Element(bits, lanes, minimum, dsp)
-    for bits, all_lanes in ((4, (1, 2, 4)), (8, (1, 2)))
-    for minimum in (False, True)
-    for dsp in (False, True)
-    for lanes in all_lanes
+    *(Element(bits, lanes, minimum) for bits in LANES for minimum in (False, True) for lanes in LANES[bits]),
+    *(Element(bits, lanes, dsp=True) for bits in LANES for lanes in (1, LANES[bits][-1])),
 ]
 
 # Another version of Yosys may map differently; more than this apart is another circuit.
@@ -92,8 +90,8 @@ def count(element: Element) -> dict[str, int]:
 def resources(cells: Mapping[str, int]) -> dict[str, float]:
     """LUTs (shift registers and distributed RAM as the LUTs they take), flip-flops, DSP blocks, block RAMs of 36 Kib.
 
-    Inverters in front of a LUT or carry chain disappear into them and are not counted, nor are carry chains and F7/F8/F9
-    multiplexers, which every slice has.
+    Inverters in front of a LUT or carry chain disappear into them and are not counted, nor are carry chains and
+    multiplexers behind LUTs (F7, F8, F9), which every slice has.
     """
     luts = sum(n * (LUTS.get(kind, 1 if kind.startswith("LUT") else 0)) for kind, n in cells.items())
     return {
@@ -105,7 +103,7 @@ def resources(cells: Mapping[str, int]) -> dict[str, float]:
 
 
 def per_lane(elements: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each kind of element what a lane takes, and what is there without lanes: a line through fewest and most lanes."""
+    """For each kind of element what a lane takes and what is there without any: the line through fewest and most."""
     kinds: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for element in elements:
         kinds.setdefault((element["bits"], element["minimum"], element["dsp_products"]), []).append(element)
