@@ -9,21 +9,25 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import fpga_page
 import pytest
+from gguf_image import save
 from polykern.kernels.quant import FORMATS
 from polykern.runtime.cli import main
 from polykern.runtime.config import ModelConfig
+from polykern.runtime.fpga.cells import CELLS
 from polykern.runtime.fpga.configuration import Configuration
 from polykern.runtime.fpga.constants import CONSTANTS
-from polykern.runtime.fpga.cycles import BLOCK, gemv_cycles
+from polykern.runtime.fpga.cycles import BLOCK, Element, gemv_cycles
 from polykern.runtime.fpga.engine import element_for
 from polykern.runtime.fpga.estimate import LIMITS, Estimate
 from polykern.runtime.fpga.parts import BEAT_BYTES, PARTS, Part, Resources
 from polykern.runtime.fpga.step import Step
 from polykern.runtime.fpga.streams import AWQ, STREAMS, WHAT_IF
-from polykern.runtime.fpga.sweep import ALIKE, Sweep, grid, sweep
+from polykern.runtime.fpga.sweep import ALIKE, PRODUCTS, Sweep, attention_units, grid, sweep
 from polykern.runtime.gguf import GGUFFile
 from shapes import write_shape
+from tiny_models import MODELS
 
 ROOT = Path(__file__).resolve().parents[1]
 U280, KV260 = PARTS["u280"], PARTS["kv260"]
@@ -92,13 +96,13 @@ def test_rows_are_whole_beats(in_features: int, beats: int) -> None:
 @pytest.mark.parametrize("part", [U280, KV260], ids=lambda part: part.name)
 def test_a_product_takes_what_the_cycle_model_of_the_rtl_says(small: Step, part: Part, lanes: int) -> None:
     """All of a call's cycles but what comes before the first beat: making x, the memory's latency."""
-    at = replace(Configuration.of(part), lanes=lanes)
+    at = Configuration(part.channels, lanes, part.mhz, 3)
     estimate = small.estimate(part, at)
     checked = 0
     for kind, call in zip(small.kinds, estimate.calls, strict=True):
         for matrix in kind.weights[:1]:
             rows = -(-sum(m.shape[0] for m in kind.weights) // at.channels)
-            pace = part.channel_gb_per_s * part.efficiency * 1e3 / at.mhz / BEAT_BYTES
+            pace = part.channel_gb_per_s(at.channels) * 1e3 / at.mhz / BEAT_BYTES
             element = element_for(small.streams[matrix.dtype], lanes)
             expected = gemv_cycles(element, rows, matrix.shape[1], load=False, beats_per_cycle=pace)
             passes = -(-matrix.shape[1] // 16) * (2 if "weight" in kind.signature.tensors else 1)
@@ -114,6 +118,17 @@ def test_calls_are_those_of_the_model(small: Step) -> None:
     assert counts["attention", "blk.0.attention"] == 30
     assert counts["rms_norm_gemm", "output"] == 1
     assert sum(counts.values()) == 1 + 30 * 6 + 3
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_any_model_that_runs_has_an_estimate(name: str, tmp_path: Path) -> None:
+    """Biases, QK norms, mixed formats, layers that differ, windows, soft caps."""
+    step = step_of(save(tmp_path, MODELS[name]()), 64)
+    for part in PARTS.values():
+        estimate = step.estimate(part, Configuration(4, 64, 200, 2))
+        assert sum(call.count for call in estimate.calls) == sum(kind.times for kind in step.kinds)
+        assert all(call.cycles > 0 for call in estimate.calls)
+        assert 0 < estimate.gb_per_s < part.gb_per_s
 
 
 def test_totals_add_up(capsys: pytest.CaptureFixture[str], files: dict[str, Path]) -> None:
@@ -133,27 +148,46 @@ def test_totals_add_up(capsys: pytest.CaptureFixture[str], files: dict[str, Path
 def test_more_is_never_slower(small: Step, part: Part) -> None:
     start = Configuration(1, 32, 100, 1)
     speed = small.estimate(part, start).tokens_per_s
-    for change in ({"lanes": 64}, {"mhz": 200.0}, {"attention_units": 2}, {"channels": part.channels}):
-        assert small.estimate(part, replace(start, **change)).tokens_per_s >= speed, change
+    for change in ({"lanes": 64}, {"mhz": 200.0}, {"attention_units": 3}, {"channels": part.channels}):
+        assert small.estimate(part, replace(start, **change)).tokens_per_s >= 0.999 * speed, change
     assert small.estimate(part, replace(start, port_bits=64)).tokens_per_s < speed
 
 
 def test_a_longer_context_and_a_larger_format_take_longer(files: dict[str, Path]) -> None:
-    at = Configuration.of(U280)
+    at = Configuration(32, 128, 225, 8)
     speeds = [step_of(files["135m"], ctx).estimate(U280, at).tokens_per_s for ctx in (1, 512, 8192)]
     assert speeds == sorted(speeds, reverse=True)
     by_format = [
-        step_of(files["135m"], 64, fmt).estimate(KV260, at.of(KV260)) for fmt in ("Q4_0", "Q4_1", "Q8_0", "F16")
+        step_of(files["135m"], 64, fmt).estimate(KV260, Configuration(4, 32, 300, 1))
+        for fmt in ("Q4_0", "Q4_1", "Q8_0", "F16")
     ]
     assert [e.nbytes for e in by_format] == sorted(e.nbytes for e in by_format)
     assert [e.memory["weights"] for e in by_format] == sorted(e.memory["weights"] for e in by_format)
 
 
 def test_the_host_costs_what_it_is_said_to(small: Step) -> None:
-    at = Configuration.of(U280)
+    at = Configuration(32, 128, 225, 8)
     calls = sum(kind.times for kind in small.kinds)
     added = small.estimate(U280, at, launch_us=20).seconds - small.estimate(U280, at).seconds
     assert added == pytest.approx(calls * 20e-6)
+
+
+def test_cells_are_those_that_were_counted() -> None:
+    counted = ROOT / "bench" / "results" / "rtl-cells.json"
+    if not counted.exists():
+        pytest.skip("no bench/results/rtl-cells.json: `python bench/rtl_cells.py` writes it, with Yosys")
+    found = {
+        Element(e["bits"], e["lanes"], e["minimum"], e["dsp_products"]): Resources(**e["resources"])
+        for e in json.loads(counted.read_text())["elements"]
+    }
+    assert found == CELLS, "out of date: python bench/fpga_page.py"
+
+
+def test_products_in_dsp_blocks_save_luts(small: Step) -> None:
+    lut, dsp = (small.estimate(U280, Configuration(8, 128, 225, 3, kind)) for kind in PRODUCTS)
+    assert dsp.used.lut < lut.used.lut
+    assert dsp.used.dsp >= lut.used.dsp + 8 * 128
+    assert dsp.tokens_per_s == pytest.approx(lut.tokens_per_s, rel=0.01)
 
 
 def test_everything_has_a_source() -> None:
@@ -176,10 +210,10 @@ def test_kv260_llama2_7b(files: dict[str, Path]) -> None:
     """J. Li et al., arXiv 2502.10659: KV260, 4 GB of DDR4-2400, 64 bits, Llama2-7B in 4 bits (AWQ, groups of 128)
     and an 8-bit cache for 1024 tokens, bare metal: "around 5 token/s", 93.3% of the memory."""
     for ctx in (1, 512, 1024):
-        estimate = step_of(files["7b"], ctx, AWQ, kv_bits=8).estimate(KV260, Configuration(1, 128, 300, 2))
+        estimate = step_of(files["7b"], ctx, AWQ, kv_bits=8).estimate(KV260, Configuration(4, 32, 300, 2))
         assert estimate.tokens_per_s == pytest.approx(5, rel=0.15), ctx
         assert estimate.limit == "memory"
-        estimate.check()
+        assert estimate.share < 1
     assert sum(estimate.memory.values()) / KV260.memory_bytes == pytest.approx(0.933, abs=0.02)
 
 
@@ -191,20 +225,32 @@ def test_kv260_smollm2_135m(files: dict[str, Path]) -> None:
     assert 1.0 < estimate.tokens_per_s / 4.77 < 1.25
 
 
+def test_the_page_for_a_person_with_a_board_says_what_the_model_says() -> None:
+    assert not fpga_page.stale(), "out of date: python bench/fpga_page.py"
+
+
+def test_a_stale_page_is_noticed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    page = tmp_path / "BOARD.md"
+    page.write_text(re.sub(r"\d\.\d\d \| -?\+?\d+%", "9.99 | +1%", fpga_page.PAGE.read_text()))
+    monkeypatch.setattr(fpga_page, "PAGE", page)
+    assert list(fpga_page.stale()) == [page]
+
+
 # The search
 
 
 @pytest.fixture(scope="module")
 def found(small: Step) -> Sweep:
-    return sweep(small, U280, grid(U280))
+    return sweep(small, U280, grid(small, U280))
 
 
 def test_the_best_fits_and_nothing_that_fits_is_faster(found: Sweep) -> None:
     fitting = [e for e in found.estimates if e.share <= 1]
-    assert found.fitting == len(fitting) < len(found.estimates)
+    assert found.fitting == len(fitting)
+    assert any(e.share > 1 for e in found.estimates)
     assert found.best in fitting
     assert found.best.tokens_per_s >= (1 - ALIKE) * max(e.tokens_per_s for e in fitting)
-    found.best.check()
+    assert found.best.share <= 1
 
 
 def test_the_frontier_is_what_nothing_beats(found: Sweep) -> None:
@@ -222,7 +268,8 @@ def test_what_is_given_is_not_varied(capsys: pytest.CaptureFixture[str], files: 
     points = [point["configuration"] for point in document["points"]]
     assert {(point["channels"], point["mhz"]) for point in points} == {(4, 150)}
     assert {point["lanes"] for point in points} == {32, 64, 128}
-    assert document["best"]["tokens_per_s"] == max(p["tokens_per_s"] for p in document["points"] if p["share"] <= 1)
+    fastest = max(point["tokens_per_s"] for point in document["points"] if point["share"] <= 1)
+    assert document["best"]["tokens_per_s"] == pytest.approx(fastest, rel=ALIKE)
 
 
 def test_the_picture(capsys: pytest.CaptureFixture[str], files: dict[str, Path], tmp_path: Path) -> None:
@@ -268,7 +315,7 @@ def test_every_part_has_an_estimate_and_a_best(
     assert main(["fpga", "estimate", "-m", str(files["135m"]), "--part", part, "--sweep"]) == 0
     shown = capsys.readouterr().out
     assert "nothing smaller is as fast" in shown
-    assert re.search(r"^best: \d+ channels? x \d+ lanes", shown, re.M)
+    assert re.search(r"^best: \d+ channels? x \d+ lanes in (LUT|DSP) at ", shown, re.M)
 
 
 def test_a_model_that_is_too_large(capsys: pytest.CaptureFixture[str], files: dict[str, Path]) -> None:
@@ -282,24 +329,47 @@ def test_a_model_that_is_too_large(capsys: pytest.CaptureFixture[str], files: di
 
 
 def test_a_design_that_is_too_large(capsys: pytest.CaptureFixture[str], files: dict[str, Path]) -> None:
-    few = ("-m", str(files["135m"]), "--part", "kv260", "--attention-units", "32")
-    status, line = refused(capsys, *few)
+    many = ("-m", str(files["135m"]), "--part", "kv260", "--attention-units", "32")
+    status, line = refused(capsys, *many, "--channels", "4", "--lanes", "128", "--freq", "250", "--products", "lut")
     assert status == 1
     assert re.search(
-        r"^kv260 is too small for 1 channel x 128 lanes at 300 MHz, 32 attention units: LUT [\d,]+ of 81,984"
-        r" \([\d,]+ over\).* DSP [\d,]+ of 998 \([\d,]+ over\);",
+        r"^kv260 is too small for 4 channels x 128 lanes in LUT at 250 MHz, 32 attention units: LUT [\d,]+ of 81,984"
+        r" \([\d,]+ over\).* DSP [\d,]+ of 998 \([\d,]+ over\); a design can fill 70% LUT, .* of a chip$",
         line,
     )
-    status, line = refused(capsys, *few, "--sweep")
+    status, line = refused(capsys, *many, "--sweep")
     assert status == 1
-    assert line.startswith(
-        "kv260 is too small for every configuration asked for; the smallest, 1 channel x 32 lanes at 1"
-    )
+    assert "32 attention units, the smallest of 198 designs asked for: LUT" in line
+
+
+def test_what_is_not_given_is_chosen(capsys: pytest.CaptureFixture[str], files: dict[str, Path]) -> None:
+    chosen = asked(capsys, "-m", str(files["135m"]), "--part", "u50")["configuration"]
+    assert chosen["mhz"] == PARTS["u50"].mhz
+    given = asked(capsys, "-m", str(files["135m"]), "--part", "u50", "--channels", "2", "--attention-units", "3")
+    assert (given["configuration"]["channels"], given["configuration"]["attention_units"]) == (2, 3)
+    assert given["configuration"]["lanes"] == 128
+
+
+def test_attention_units_divide_the_heads(small: Step, files: dict[str, Path]) -> None:
+    assert attention_units(small) == [1, 3, 9]
+    assert attention_units(step_of(files["8b"])) == [1, 2, 4, 8, 16, 32]
+
+
+def test_heads_that_share_keys_read_them_once(small: Step) -> None:
+    """hls/attention.cpp: with fewer units than query heads share a kv head, the cache is read again."""
+
+    def cache(units: int) -> float:
+        estimate = small.estimate(U280, Configuration(32, 128, 225, units))
+        return next(call.nbytes for call in estimate.calls if call.op == "attention")
+
+    assert cache(1) == 3 * cache(3)
+    assert cache(2) == 2 * cache(3)
+    assert cache(3) == cache(9) == 2 * 512 * 3 * 64 * 2
 
 
 def test_over_counts_what_is_missing(small: Step) -> None:
     part = replace(KV260, chip=Resources(lut=1e6, ff=1e6, dsp=100, bram=1e4, uram=1e4))
-    estimate = small.estimate(part, Configuration.of(part))
+    estimate = small.estimate(part, Configuration(4, 32, 300, 3))
     used = estimate.used.dsp
     assert estimate.over() == [f"DSP {used:,.0f} of 80 ({used - 80:,.0f} over)"]
 
@@ -307,16 +377,16 @@ def test_over_counts_what_is_missing(small: Step) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        (["--part", "u250"], "no part 'u250'; there is u280, u50, kv260"),
-        (["--part", "kv260", "--channels", "2"], "--channels is 2, and kv260 has 1"),
-        (["--channels", "0"], "expected a whole number from 1 to 2147483647, got '0'"),
-        (["--lanes", "100"], "--lanes is 100, expected one of 32, 64, 128"),
+        (["--part", "u250"], "argument --part: invalid choice: 'u250' (choose from"),
+        (["--part", "kv260", "--channels", "8"], "--channels is 8, and kv260 has 4"),
+        (["--channels", "3"], "argument --channels: invalid choice: 3 (choose from 1, 2, 4, 8, 16, 32)"),
+        (["--lanes", "100"], "argument --lanes: invalid choice: 100 (choose from 32, 64, 128)"),
         (["--freq", "nan"], "expected a number from 10 to 500, got 'nan'"),
         (["--freq", "1e9"], "expected a number from 10 to 500, got '1e9'"),
         (["--attention-units", "-1"], "expected a whole number from 1 to 1024, got '-1'"),
         (["--launch-us", "-1"], "expected a number from 0 to 1e+06, got '-1'"),
         (["--ctx", "8193"], "--ctx is 8193, and the model was made for 8192 tokens"),
-        (["--format", "Q3_K"], "no format 'Q3_K'; there is Q4_0, Q4_1, Q4_K, Q8_0"),
+        (["--format", "Q3_K"], "argument --format: invalid choice: 'Q3_K' (choose from"),
         (["--format", "Q4_K"], "Q4_K needs rows of a multiple of 256 numbers, and this model has rows of 576"),
         (["-o", "x.png"], "-o draws a sweep; add --sweep"),
         (["--sweep", "-o", "/no/such/folder/x"], "-o: no folder /no/such/folder"),

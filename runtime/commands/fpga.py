@@ -6,14 +6,14 @@ from argparse import ArgumentParser, Namespace
 from typing import TYPE_CHECKING, Any
 
 from ...kernels.errors import UsageError
+from ..fpga.parts import PARTS, Part
+from ..fpga.streams import CHANNELS, LANES, STREAMS, WHAT_IF
 from ..output import Output
 from .options import add_model, completes_files, name, number, whole
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
-    from ..fpga.configuration import Configuration
     from ..fpga.estimate import Estimate
-    from ..fpga.parts import Part
     from ..fpga.sweep import Sweep
 
 HELP = "Estimate a decode step on an FPGA: cycles, resources, bandwidth, tokens/s, and what limits them."
@@ -26,18 +26,21 @@ runtime fpga estimate -m model.gguf --part u280 --sweep -o u280.png
 def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("action", choices=("estimate",), help="what to do")
     add_model(parser)
-    group = parser.add_argument_group("design")
-    group.add_argument("--part", type=name, metavar="NAME", default="u280", help="u280, u50 or kv260 (default: u280)")
-    group.add_argument("--channels", type=whole(1), metavar="N", help="memory channels of 512 bits (default: all)")
+    parser.add_argument("--part", choices=tuple(PARTS), default="u280", help="(default: %(default)s)")
+    group = parser.add_argument_group("design", "What is not given is chosen: the fastest that fits the part.")
+    group.add_argument("--channels", type=int, choices=CHANNELS, help="memory channels of 512 bits")
+    group.add_argument("--lanes", type=int, choices=LANES, help="weights per channel and cycle")
     group.add_argument(
-        "--lanes", type=whole(1), metavar="N", help="weights per channel and cycle: 32, 64 or 128 (the default)"
+        "--freq",
+        type=number(10, 500),
+        metavar="MHZ",
+        help="clock in MHz (default: what such designs reach on the part)",
     )
-    group.add_argument("--freq", type=number(10, 500), metavar="MHZ", help="clock in MHz (default: by the part)")
     group.add_argument(
-        "--attention-units",
-        type=whole(1, 1024),
-        metavar="N",
-        help="query heads at the same time (default: by the part)",
+        "--attention-units", type=whole(1, 1024), metavar="N", help="query heads that are worked on at the same time"
+    )
+    group.add_argument(
+        "--products", choices=("lut", "dsp"), help="what multiplies weights: LUTs, or a DSP block for each"
     )
     group.add_argument("--kv", choices=("f16", "int8"), default="f16", help="numbers in the KV cache (default: f16)")
     group.add_argument(
@@ -49,12 +52,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--ctx", type=whole(1), metavar="N", help="tokens in the KV cache (default: 512, or what the model has)"
     )
     group.add_argument(
-        "--format", type=name, metavar="NAME", help="what if all matrices were stored so: Q4_0, Q8_0 … or awq-g128"
-    )
+        "--format", choices=(*STREAMS, *WHAT_IF), metavar="NAME",
+        help="what if all matrices were stored so: a GGUF format, or awq-g128 (4 bits, groups of 128)",
+    )  # fmt: skip
     group = parser.add_argument_group("search")
-    group.add_argument(
-        "--sweep", action="store_true", help="find the fastest design that fits; what is given above stays"
-    )
+    group.add_argument("--sweep", action="store_true", help="show all of the search, the clock being free as well")
     completes_files(
         group.add_argument(
             "-o", "--output", type=name, metavar="FILE", help="draw the sweep: FILE.png and FILE.svg (needs matplotlib)"
@@ -66,8 +68,9 @@ def run(args: Namespace, out: Output) -> int:
     from ..fpga.step import Step
     from ..fpga.sweep import grid, sweep
 
-    part = _part(args.part)
-    configuration = _configuration(args, part)
+    part = PARTS[args.part]
+    if args.channels and args.channels > part.channels:
+        raise UsageError(f"--channels is {args.channels}, and {part.name} has {part.channels}")
     if args.output and not args.sweep:
         raise UsageError("-o draws a sweep; add --sweep")
     config, path = _model(args.model)
@@ -75,51 +78,25 @@ def run(args: Namespace, out: Output) -> int:
         raise UsageError(f"--ctx is {args.ctx}, and the model was made for {config.context_length} tokens")
     ctx = args.ctx or min(512, config.context_length)
     step = Step(config, ctx, args.format, 8 if args.kv == "int8" else 16)
-    about = {"model": path, "ctx": ctx, "format": args.format, "kv": args.kv, "launch_us": args.launch_us}
-    if not args.sweep:
-        estimate = step.estimate(part, configuration, args.launch_us)
-        estimate.check()
-        if args.json:
-            out.json({**about, **estimate.document(), **_sources(part)})
-        else:
-            show(estimate, about, out)
-        return 0
-    found = sweep(step, part, grid(part, args.channels, args.lanes, args.freq, args.attention_units), args.launch_us)
+    mhz = args.freq or (None if args.sweep else part.mhz)
+    points = grid(step, part, args.channels, args.lanes, mhz, args.attention_units, args.products)
+    found = sweep(step, part, points, args.launch_us)
     files: list[Any] = []
     if args.output:
         from ..fpga.plot import draw
 
         files = draw(found, f"{_stem(path)}, context {ctx}", args.output)
+    about = {"model": path, "ctx": ctx, "format": args.format, "kv": args.kv, "launch_us": args.launch_us}
     if args.json:
-        out.json({**about, **found.document(), **_sources(part), "files": files})
-    else:
+        document = {**found.document(), "files": files} if args.sweep else found.best.document()
+        out.json({**about, **document, **_sources(part)})
+    elif args.sweep:
         show_sweep(found, about, out)
         for file in files:
             out.line(f"drawn: {file}")
+    else:
+        show(found.best, about, out)
     return 0
-
-
-def _part(wanted: str) -> Part:
-    from ..fpga.parts import PARTS
-
-    if wanted not in PARTS:
-        raise UsageError(f"no part {wanted!r}; there is {', '.join(PARTS)}")
-    return PARTS[wanted]
-
-
-def _configuration(args: Namespace, part: Part) -> Configuration:
-    """The part's, with what was given instead; UsageError for what the engine or the part cannot have."""
-    from dataclasses import replace
-
-    from ..fpga.configuration import Configuration
-    from ..fpga.sweep import LANES
-
-    if args.channels and args.channels > part.channels:
-        raise UsageError(f"--channels is {args.channels}, and {part.name} has {part.channels}")
-    if args.lanes and args.lanes not in LANES:
-        raise UsageError(f"--lanes is {args.lanes}, expected one of {', '.join(map(str, LANES))}")
-    given = {"channels": args.channels, "lanes": args.lanes, "mhz": args.freq, "attention_units": args.attention_units}
-    return replace(Configuration.of(part), **{field: value for field, value in given.items() if value})
 
 
 def _model(wanted: str) -> tuple[ModelConfig, Any]:
@@ -199,6 +176,8 @@ def summary(estimate: Estimate, out: Output) -> None:
 
 
 def show_sweep(found: Sweep, about: dict[str, Any], out: Output) -> None:
+    from ..fpga.estimate import LIMITS
+
     part = found.part
     as_if = f", as if in {about['format']}" if about["format"] else ""
     out.line(
@@ -206,18 +185,23 @@ def show_sweep(found: Sweep, about: dict[str, Any], out: Output) -> None:
     )
     out.line(f"{len(found.estimates):,} configurations, {found.fitting:,} fit; nothing smaller is as fast as these:")
     out.line()
-    out.table(
-        ("", "channels", "lanes", "MHz", "attention", "tokens/s", "full", "limit", "memory", "compute", "depth"),
-        [
-            (
-                "best" if e == found.best else "", e.configuration.channels, e.configuration.lanes,
-                f"{e.configuration.mhz:g}", e.configuration.attention_units, f"{e.tokens_per_s:.4g}", f"{e.share:.0%}",
-                e.limit, *(f"{share:.0%}" for share in e.shares.values()),
-            )
-            for e in _with_best(found)
-        ],
-        right=("channels", "lanes", "MHz", "attention", "tokens/s", "full", "memory", "compute", "depth"),
-    )  # fmt: skip
+    columns = ("channels", "lanes", "products", "MHz", "attention", "tokens/s", "full")
+    rows = [
+        (
+            "best" if e == found.best else "",
+            e.configuration.channels,
+            e.configuration.lanes,
+            e.configuration.products,
+            f"{e.configuration.mhz:g}",
+            e.configuration.attention_units,
+            f"{e.tokens_per_s:.4g}",
+            f"{e.share:.0%}",
+            e.limit,
+            *(f"{share:.0%}" for share in e.shares.values()),
+        )
+        for e in _with_best(found)
+    ]
+    out.table(("", *columns, "limit", *LIMITS), rows, right=(*columns, *LIMITS))
     out.line()
     out.line(f"best: {found.best.configuration}")
     summary(found.best, out)

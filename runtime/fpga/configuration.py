@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from . import constants as c
 from .engine import processing_element
-from .parts import Part, Resources
+from .parts import Resources
 from .streams import Stream
 
 URAM_WORDS, BRAM_WORDS, BLOCK_BITS = 4096, 512, 72  # UG573: a block's depth at its full width of 72 bits
@@ -22,27 +23,25 @@ class Configuration:
     mhz              clock of everything
     attention_units  query heads that are worked on at the same time, each `ATTENTION_LANES` products a cycle with keys
                      and as many with values
+    products         what multiplies weights: LUTs, or a DSP block for each
     kv_bits          bits of a number in the KV cache: 16, or 8 to compare with what others built
-    port_bits        width of a channel's memory port: 512, or less to compare with what others built
+    port_bits        width of a channel's memory port: 0 for the part's, or less to compare with what others built
     """
 
     channels: int
-    lanes: int = 128
-    mhz: float = 225.0
-    attention_units: int = 4
+    lanes: int
+    mhz: float
+    attention_units: int
+    products: Literal["lut", "dsp"] = "lut"
     kv_bits: int = 16
-    port_bits: int = 512
+    port_bits: int = 0
 
     def __str__(self) -> str:
         return (
             f"{self.channels} {'channel' if self.channels == 1 else 'channels'} x {self.lanes} lanes"
+            f" in {self.products.upper()}"
             f" at {self.mhz:g} MHz, {self.attention_units} attention {'unit' if self.attention_units == 1 else 'units'}"
         )
-
-    @classmethod
-    def of(cls, part: Part) -> Configuration:
-        """What an estimate starts from: every channel, whole beats, the part's clock, 2 or 8 attention units."""
-        return cls(part.channels, mhz=part.mhz, attention_units=2 if part.channels == 1 else 8)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ def resources(configuration: Configuration, streams: Iterable[Stream], widths: W
     element = Resources()
     for stream in kinds.values():
         exact = floats * c.EXACT_LANES.value
-        element += exact if stream.is_float else processing_element(stream, configuration.lanes)
+        element += exact if stream.is_float else processing_element(stream, configuration.lanes, configuration.products)
     element += activations(configuration.lanes, widths.in_features)
     port = Resources(lut=c.PORT_LUT.value, ff=c.PORT_LUT.value, bram=c.READ_FIFO_BRAM.value)
     words = -(-widths.scratch // (c.FLOATS_PER_CYCLE.value * URAM_WORDS)) + -(

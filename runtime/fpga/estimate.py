@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 from ...kernels.errors import DoesNotFit
 from .configuration import Configuration
-from .parts import FILLABLE, Part, Resources
+from .parts import Part, Resources
 
 Limit = Literal["memory", "compute", "depth"]
 LIMITS: tuple[Limit, ...] = ("memory", "compute", "depth")
@@ -50,7 +51,7 @@ class Estimate:
     area: Mapping[str, Resources]
     memory: Mapping[str, int]
 
-    @property
+    @cached_property
     def cycles(self) -> float:
         return sum(call.count * call.cycles for call in self.calls)
 
@@ -71,7 +72,7 @@ class Estimate:
     def gb_per_s(self) -> float:
         return self.nbytes / self.seconds / 1e9
 
-    @property
+    @cached_property
     def shares(self) -> dict[Limit, float]:
         """Part of the cycles in which memory or compute paces the stream, and in which nothing streams (depth)."""
         found: dict[Limit, float] = dict.fromkeys(LIMITS, 0.0)
@@ -84,17 +85,17 @@ class Estimate:
     def limit(self) -> Limit:
         return max(LIMITS, key=lambda limit: self.shares[limit])
 
-    @property
+    @cached_property
     def used(self) -> Resources:
         total = Resources()
         for part in self.area.values():
             total += part
         return total
 
-    @property
+    @cached_property
     def fill(self) -> dict[str, float]:
         """Of each kind, what is used of what may be: above 1 does not fit."""
-        used, may = asdict(self.used), asdict(self.part.fillable)
+        used, may = vars(self.used), vars(self.part.fillable)
         return {kind: used[kind] / may[kind] for kind in used}
 
     @property
@@ -110,16 +111,6 @@ class Estimate:
             for kind in used
             if used[kind] > may[kind]
         ]
-
-    def check(self) -> None:
-        """DoesNotFit, in one line with the numbers, if the part is too small for the model or the configuration."""
-        check_memory(self.part, self.memory)
-        if over := self.over():
-            limit = ", ".join(f"{FILLABLE[kind]:.0%} {UNITS[kind]}" for kind in FILLABLE)
-            raise DoesNotFit(
-                f"{self.part.name} is too small for {self.configuration}: {', '.join(over)};"
-                f" a design can fill {limit} of a chip; take fewer channels, lanes or attention units, or --sweep"
-            )
 
     def document(self) -> dict[str, Any]:
         """The JSON document."""

@@ -54,7 +54,8 @@ def picture(sweep: Sweep, subject: str) -> Any:
 
     figure, axes = plt.subplots(figsize=(10.5, 7.6))
     figure.subplots_adjust(left=0.075, right=0.97, top=0.735, bottom=0.078)
-    figure.text(0.02, 0.968, f"{subject} on {sweep.part.title}", fontsize=15, fontweight="bold", va="top")
+    title = f"{subject} on {sweep.part.title}"
+    figure.text(0.02, 0.968, title, fontsize=min(15.0, 1100 / len(title)), fontweight="bold", va="top")
     figure.text(
         0.02, 0.92,
         f"Estimated decode speed of {len(sweep.estimates):,} designs of the engine, against the part they take up",
@@ -118,8 +119,7 @@ def _mark(figure: Any, axes: Any, best: Estimate) -> None:
     axes.plot(best.share, best.tokens_per_s, "*", markersize=20, zorder=5, **star)
     filled = ",  ".join(f"{UNITS[kind]} {best.fill[kind]:.0%}" for kind in best.fill)
     lines = (
-        f"{at.channels} channel{'s' * (at.channels > 1)} × {at.lanes} lanes at {at.mhz:g} MHz, "
-        f"{at.attention_units} attention unit{'s' * (at.attention_units > 1)}",
+        str(at).replace(" x ", " × "),
         f"{best.gb_per_s:,.3g} GB/s, {best.gb_per_s / best.part.gb_per_s:.0%} of the data sheet's;"
         f" {NAMES[best.limit]} for {best.shares[best.limit]:.0%} of the time",
         f"filled: {filled}  ({UNITS[fullest]} first)",

@@ -18,10 +18,10 @@ memory, a clock that placement does not reach, and a KV cache that lies across t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import groupby
 from math import ceil, prod
-from typing import NamedTuple
 
 from ...kernels.errors import UsageError
 from ...kernels.op import Op, Signature, TensorType
@@ -41,7 +41,8 @@ LOOKUP = "token_embd.weight"
 PAGE_SIZE = 16  # tokens; only how the last page is filled up depends on it
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """Calls of a program that are alike: their op and signature, the first one's label, and how many."""
 
     op: Op
@@ -49,13 +50,17 @@ class Kind(NamedTuple):
     label: str
     times: int
 
-    @property
+    @cached_property
     def weights(self) -> list[TensorType]:
         """The matrices that are read as a whole: an embedding looks up one row."""
         names = [param.name for param in self.op.params if param.role == "weight"]
         return [] if self.op.name == "embedding" else [self.signature.tensors[name] for name in names]
 
-    @property
+    @cached_property
+    def text(self) -> str:
+        return str(self.signature)
+
+    @cached_property
     def reads_cache(self) -> bool:
         """Whether keys and values are read, rather than appended."""
         return any("pages" in param.axes and not param.is_written for param in self.op.params)
@@ -89,6 +94,8 @@ class Step:
             vocab=config.vocab_size,
         )
         self.memory = self._memory(program)
+        layer = config.layers[0]
+        self.heads, self.kv_heads = layer.heads, layer.kv_heads
 
     def _replace(self, fmt: str) -> str:
         """Make `fmt` the stream of a GGUF format, and name that."""
@@ -120,22 +127,22 @@ class Step:
 
     def estimate(self, part: Part, configuration: Configuration, launch_us: float = 0.0) -> Estimate:
         """`launch_us`: what the host needs to start one call; 0 where a sequencer on the card runs the whole step."""
-        at = replace(configuration, kv_bits=self.kv_bits)
+        ports = configuration.port_bits or part.port_bits
+        at = replace(configuration, kv_bits=self.kv_bits, port_bits=ports)
         calls = tuple(self._call(part, at, launch_us * at.mhz, kind) for kind in self.kinds)
         return Estimate(part, at, calls, resources(at, self.used_streams, self.widths), self.memory)
 
     def _call(self, part: Part, at: Configuration, launch: float, kind: Kind) -> CallEstimate:
-        pace = part.channel_gb_per_s * part.efficiency * 1e3 / at.mhz  # bytes of a channel in a cycle
         if kind.weights:
             stream = self.streams[kind.weights[0].dtype]
-            cost = product(stream, kind.weights, "weight" in kind.signature.tensors, at, pace)
+            cost = product(part, at, stream, kind.weights, "weight" in kind.signature.tensors)
         elif kind.reads_cache:
-            cost = attention(kind, at, pace)
+            cost = attention(part, at, kind)
         else:
-            cost = vector(kind, pace)
+            cost = vector(part, at, kind)
         nbytes, memory, compute, depth = cost
         depth += launch + c.MEMORY_LATENCY.value
-        return CallEstimate(kind.op.name, kind.label, str(kind.signature), nbytes, memory, compute, depth, kind.times)
+        return CallEstimate(kind.op.name, kind.label, kind.text, nbytes, memory, compute, depth, kind.times)
 
 
 def kinds(program: Program) -> Iterator[Kind]:
@@ -165,7 +172,12 @@ def _as(fmt: str, kind: TensorType) -> TensorType:
 Cost = tuple[float, float, float, float]
 
 
-def product(stream: Stream, weights: Sequence[TensorType], normed: bool, at: Configuration, pace: float) -> Cost:
+def pace(part: Part, at: Configuration, active: int) -> float:
+    """Bytes that each of `active` channels' memory brings in a cycle."""
+    return part.channel_gb_per_s(active) * 1e3 / at.mhz
+
+
+def product(part: Part, at: Configuration, stream: Stream, weights: Sequence[TensorType], normed: bool) -> Cost:
     """Matrices times one x, their rows dealt to the channels."""
     out_features, in_features = sum(kind.shape[0] for kind in weights), weights[0].shape[1]
     rows = ceil(out_features / at.channels)
@@ -177,25 +189,30 @@ def product(stream: Stream, weights: Sequence[TensorType], normed: bool, at: Con
     compute = rows * max(cycles, beats * BEAT_BITS / at.port_bits)
     # A norm takes two passes, the sum of squares and the product; rounding to int8 is in the last one.
     passes = ceil(in_features / c.FLOATS_PER_CYCLE.value) * (2 if normed else 1)
-    depth = passes + 1 + element_for(stream, at.lanes).latency + (c.ROOT_DEPTH.value if normed else 0)
-    return out_features * beats * BEAT_BYTES, rows * beats * BEAT_BYTES / pace, compute, depth
+    depth = passes + 1 + element_for(stream, at.lanes, at.products).latency + (c.ROOT_DEPTH.value if normed else 0)
+    return out_features * beats * BEAT_BYTES, rows * beats * BEAT_BYTES / pace(part, at, at.channels), compute, depth
 
 
-def attention(kind: Kind, at: Configuration, pace: float) -> Cost:
-    """Every key and value that the query sees once for all the heads that share it, spread over the channels."""
+def attention(part: Part, at: Configuration, kind: Kind) -> Cost:
+    """As in hls/attention.cpp: a copy has the units of the query heads that share a kv head, and a port each for keys
+    and values. Fewer units than such heads read the keys again; more are further copies, for other kv heads."""
     heads, head_dim = kind.signature.tensors["q"].shape[1:]
     kv_heads = kind.signature.tensors["k_pages"].shape[1]
     keys = kind.op.cost(kind.signature).flops // (4 * heads * head_dim)
-    nbytes = 2 * keys * kv_heads * head_dim * at.kv_bits / 8
+    group = heads // kv_heads
+    copies, rounds = max(1, at.attention_units // group), ceil(group / at.attention_units)
+    ports = min(at.channels, 2 * copies)
+    nbytes = 2 * keys * kv_heads * rounds * head_dim * at.kv_bits / 8
     # Values are worked on beside the next keys, so a key costs the words of one of them.
-    compute = keys * ceil(heads / at.attention_units) * ceil(head_dim / c.ATTENTION_LANES.value)
+    words = keys * rounds * ceil(kv_heads / copies) * ceil(head_dim / c.ATTENTION_LANES.value)
+    compute = max(words, nbytes * 8 / (ports * at.port_bits))
     # Two trees of 16 products, the exponential between them; then the heads are put together.
     trees = 2 * (1 + c.ATTENTION_LANES.value.bit_length() - 1) * c.FLOAT_DEPTH.value
     depth = trees + c.EXP_DEPTH.value + ceil(heads * head_dim / c.FLOATS_PER_CYCLE.value)
-    return nbytes, nbytes / (at.channels * pace), compute, depth
+    return nbytes, nbytes / (ports * pace(part, at, ports)), compute, depth
 
 
-def vector(kind: Kind, pace: float) -> Cost:
+def vector(part: Part, at: Configuration, kind: Kind) -> Cost:
     """A pass over the longest tensor on the chip; from memory comes a row of the embedding or of the angles."""
     tensors, row, longest = kind.signature.tensors, 0.0, 0
     for param in kind.op.params:
@@ -208,4 +225,6 @@ def vector(kind: Kind, pace: float) -> Cost:
             row += 4 * tensor.shape[1]
         else:
             longest = max(longest, prod(tensor.shape))
-    return row, row / pace, ceil(longest / c.FLOATS_PER_CYCLE.value), c.FLOAT_DEPTH.value
+    is_norm = "weight" in tensors
+    passes, depth = (2, c.FLOAT_DEPTH.value + c.ROOT_DEPTH.value) if is_norm else (1, c.FLOAT_DEPTH.value)
+    return row, row / pace(part, at, 1), passes * ceil(longest / c.FLOATS_PER_CYCLE.value), depth

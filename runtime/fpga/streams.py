@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 BEAT_BITS = 512
+CHANNELS = (1, 2, 4, 8, 16, 32)  # what the engine can have (hls/engine.h)
+LANES = (32, 64, 128)  # weights in a cycle that hls/rtl/gemv_pe.v can be built for
 
 
 @dataclass(frozen=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
+from typing import Any, Literal
 
 from ...kernels.errors import DoesNotFit
 from .configuration import Configuration
-from .estimate import Estimate, check_memory
-from .parts import Part
+from .estimate import UNITS, Estimate, check_memory
+from .parts import FILLABLE, Part
 from .step import Step
+from .streams import CHANNELS, LANES
 
-LANES = (32, 64, 128)
-ATTENTION_UNITS = (1, 2, 4, 8, 16, 32)
+PRODUCTS: tuple[Literal["lut", "dsp"], ...] = ("lut", "dsp")
 MHZ_STEP = 25
 # Speeds this close are one: then the smaller design is the better one.
 ALIKE = 0.01
@@ -51,35 +51,49 @@ def _short(estimate: Estimate) -> dict[str, Any]:
     }
 
 
+def attention_units(step: Step) -> list[int]:
+    """Counts that leave none idle: some of the heads that share a kv head, then all of them for some kv heads."""
+    group = step.heads // step.kv_heads
+    return sorted({*_divisors(group), *(group * copies for copies in _divisors(step.kv_heads))})
+
+
+def _divisors(number: int) -> list[int]:
+    return [i for i in range(1, number + 1) if number % i == 0]
+
+
 def grid(
+    step: Step,
     part: Part,
     channels: int | None = None,
     lanes: int | None = None,
     mhz: float | None = None,
-    attention_units: int | None = None,
+    attention: int | None = None,
+    products: Literal["lut", "dsp"] | None = None,
 ) -> list[Configuration]:
-    """The configurations a sweep tries; a value that is given is not varied."""
-    powers = [2**i for i in range(part.channels.bit_length()) if 2**i <= part.channels]
+    """The configurations worth a look; a value that is given is not varied."""
     clocks = [*range(100, part.sweep_mhz, MHZ_STEP), part.sweep_mhz]
-    axes = (
-        [channels] if channels else powers,
+    axes: tuple[Sequence[Any], ...] = (
+        [channels] if channels else [count for count in CHANNELS if count <= part.channels],
         [lanes] if lanes else LANES,
         [mhz] if mhz else clocks,
-        [attention_units] if attention_units else ATTENTION_UNITS,
+        [attention] if attention else attention_units(step),
+        PRODUCTS if products is None else (products,),
     )
     return [Configuration(*point) for point in product(*axes)]
 
 
 def sweep(step: Step, part: Part, configurations: Sequence[Configuration], launch_us: float = 0.0) -> Sweep:
-    """Estimate them all. DoesNotFit if the model, or each of them, is too large for the part."""
+    """Estimate them all. DoesNotFit, with the numbers, if the model or each of them is too large for the part."""
     check_memory(part, step.memory)
     estimates = tuple(step.estimate(part, configuration, launch_us) for configuration in configurations)
     fitting = [e for e in estimates if e.share <= 1]
     if not fitting:
         smallest = min(estimates, key=lambda e: e.share)
+        which = "" if len(estimates) == 1 else f", the smallest of {len(estimates)} designs asked for"
+        limit = ", ".join(f"{FILLABLE[kind]:.0%} {UNITS[kind]}" for kind in FILLABLE)
         raise DoesNotFit(
-            f"{part.name} is too small for every configuration asked for; the smallest, {smallest.configuration},"
-            f" takes {', '.join(smallest.over())}"
+            f"{part.name} is too small for {smallest.configuration}{which}: {', '.join(smallest.over())};"
+            f" a design can fill {limit} of a chip"
         )
     fastest = max(e.tokens_per_s for e in fitting)
     # A lower clock is easier to reach than a higher one, hence the second key.
