@@ -4,8 +4,8 @@ Layouts are those of hls/README.md, "The engine", headers S and SM. Arithmetic, 
 
     y = round32(2**exponent * sum_b step_b * (scale_b * sum(w q) + minimum_b * sum(q)))
 
-scale, minimum and step are float16, so every term is a multiple of 2**-48 below 2**100; the sum is exact and rounded to float32
-once. Against real activations the error is that of rounding them to int8 (half a step; the step itself rounded to
+scale, minimum and step are float16, so every term is a multiple of 2**-48 below 2**100; the sum is exact and rounded to
+float32 once. Against real activations the error is that of rounding them to int8 (half a step; the step is rounded to
 float16 before anything is counted in it, which makes it 1 + 2**-11 halves) and that one rounding.
 """
 
@@ -99,8 +99,8 @@ def random_blocks(rng: np.random.Generator, element: Element, rows: int, count: 
 def quantize(x: Array) -> Activations:
     """float [K] rounded to int8 per block of 32; K is padded with zeros.
 
-    The largest step of the row becomes about 2**15, the rest of the power of two goes into `exponent`: the float16 steps
-    are then exact to 11 bits for blocks down to 2**-29 of the largest one.
+    The largest step of the row becomes about 2**15, `exponent` takes the rest of the power of two: float16 steps are
+    then exact to 11 bits for blocks down to 2**-29 of the largest one.
     """
     x = np.pad(x.astype(np.float64), (0, -len(x) % BLOCK)).reshape(-1, BLOCK)
     with np.errstate(invalid="ignore"):
@@ -130,7 +130,7 @@ def _fixed(half: Array) -> Array:
 
 
 def exact_sums(blocks: Blocks, x: Activations) -> tuple[Array, Array]:
-    """Each row's sum as an integer in units of 2**-48 (object [N]), and whether a scale or step is no number (bool [N])."""
+    """Each row's sum in units of 2**-48 (Python integers [N]), and whether a scale or step is no number (bool [N])."""
     dots = np.einsum("nbi,bi->nb", blocks.numbers(), x.q.astype(np.int64)).astype(object)
     inner = _fixed(blocks.scale) * dots
     special = ~np.isfinite(blocks.scale) | ~np.isfinite(x.step)
@@ -143,7 +143,7 @@ def exact_sums(blocks: Blocks, x: Activations) -> tuple[Array, Array]:
 
 
 def round32(value: int, exponent: int) -> int:
-    """value * 2**(exponent - 48) as the bits of a float32: nearest even, infinite beyond, 0 below the normal numbers."""
+    """value * 2**(exponent - 48) as the bits of a float32: nearest even, infinite beyond, 0 below normal numbers."""
     if value == 0:
         return 0
     sign, size = (1 << 31 if value < 0 else 0), abs(value)

@@ -1,4 +1,4 @@
-"""Builds and runs the RTL simulation: Icarus Verilog, or Verilator, which is faster and takes half a minute to build."""
+"""Builds and runs the RTL simulation: Icarus Verilog, or Verilator, which is fast and takes half a minute to build."""
 
 from __future__ import annotations
 
@@ -25,6 +25,14 @@ def need(*tools: str) -> None:
             pytest.skip(f"no {tool} on PATH: apt-get install {package}")
 
 
+def need_verilator() -> None:
+    """Skip a test that needs Verilator 5: versions before cannot run a test bench, and name warnings otherwise."""
+    need("verilator")
+    version = run("verilator", "--version").split()[1]
+    if int(version.split(".")[0]) < 5:
+        pytest.skip(f"verilator is {version}, and 5 or later is needed (Debian 12, Ubuntu 24.04)")
+
+
 def run(*command: str | Path, timeout: float = 300) -> str:
     """Standard output; a failure shows what the tool said."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, timeout=timeout, check=False)
@@ -44,20 +52,27 @@ def parameters(element: Element) -> dict[str, int]:
 class Simulator:
     """The processing element of one Element, built once in `folder`; `play` runs groups through it."""
 
-    def __init__(self, element: Element, folder: Path, tool: str = "iverilog", **others: int) -> None:
+    def __init__(
+        self,
+        element: Element,
+        folder: Path,
+        tool: str = "iverilog",
+        sources: Sequence[Path] = SOURCES,
+        **others: int,
+    ) -> None:
         self.element, self.folder = element, folder
         settings = {**parameters(element), **others}
         folder.mkdir(parents=True, exist_ok=True)
         if tool == "iverilog":
             built = folder / "gemv_pe_tb.vvp"
             options = [f"-Pgemv_pe_tb.{name}={value}" for name, value in settings.items()]
-            run("iverilog", "-g2005-sv", "-s", "gemv_pe_tb", *options, "-o", built, BENCH, *SOURCES)
+            run("iverilog", "-g2005", "-s", "gemv_pe_tb", *options, "-o", built, BENCH, *sources)
             self.command: list[str | Path] = ["vvp", "-n", built]
         else:
             options = [f"-G{name}={value}" for name, value in settings.items()]
             run(
-                "verilator", "--binary", "--timing", "-Wno-fatal", "-O3", "--top-module", "gemv_pe_tb", "--Mdir", folder,
-                *options, BENCH, *SOURCES,
+                "verilator", "--binary", "--timing", "-Wno-fatal", "-O3", "--top-module", "gemv_pe_tb",
+                "--Mdir", folder, *options, BENCH, *sources,
             )  # fmt: skip
             self.command = [folder / "Vgemv_pe_tb"]
 

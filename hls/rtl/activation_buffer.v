@@ -2,7 +2,7 @@
 //
 // Written block by block, read LANES blocks per cycle: one memory per lane, 285 bits wide (four 72-bit block RAMs),
 // block b in lane b % LANES. The sum is made on the way in, so that a minimum costs one product per block.
-// Reading takes 2 cycles (the second is the block RAM's output register); a write is in the memory 4 cycles later.
+// Reading takes 2 cycles (the second is the block RAM's output register); a write is in the memory 6 cycles later.
 module activation_buffer #(
     parameter LANES      = 4,          // a power of two
     parameter MAX_BLOCKS = 1024
@@ -23,13 +23,13 @@ module activation_buffer #(
     wire enable;
     wire signed [12:0] sum;
     adder_tree #(.LEVELS(5), .WIDTH(8)) add (.clk(clk), .terms(write_data[255:0]), .sum(sum));
-    delay #(.WIDTH(289), .CYCLES(3)) wait_for_sum (
+    delay #(.WIDTH(289), .CYCLES(5)) wait_for_sum (
         .clk(clk), .d({write, write_block, write_data}), .q({enable, block, data})
     );
     genvar lane;
     generate
         for (lane = 0; lane < LANES; lane = lane + 1) begin : bank
-            wire mine = LANES == 1 || (block & (LANES - 1)) == lane;
+            wire mine = LANES == 1 || block[LOG_LANES > 0 ? LOG_LANES - 1 : 0:0] == lane;
             (* ram_style = "block" *) reg [284:0] memory [0:WORDS-1];
             reg [284:0] word, word_q;
             integer i;

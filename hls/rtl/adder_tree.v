@@ -1,7 +1,7 @@
-// Sum of 2**LEVELS signed numbers, a register after every second level of adders (two levels of carry chains are about
-// what fits between registers at 300 MHz) and after the last.
+// Sum of 2**LEVELS signed numbers. A register after each level: Yosys makes a carry chain of two operands, but LUTs of
+// three and more, a third larger altogether; and a level is all that a long carry chain leaves time for.
 //
-// Latency: (LEVELS + 1) / 2 cycles. A new set of terms every cycle.
+// Latency: LEVELS cycles. A new set of terms every cycle.
 module adder_tree #(
     parameter LEVELS = 5,
     parameter WIDTH  = 8              // of a term; the sum has WIDTH + LEVELS bits and cannot overflow
@@ -21,16 +21,11 @@ module adder_tree #(
         for (level = 1; level <= LEVELS; level = level + 1) begin : add
             localparam W = WIDTH + level;
             for (i = 0; i < (1 << (LEVELS - level)); i = i + 1) begin : pair
-                wire signed [W - 2:0] a = stage[level - 1].node[2 * i * (W - 1) +: W - 1];
-                wire signed [W - 2:0] b = stage[level - 1].node[(2 * i + 1) * (W - 1) +: W - 1];
-                wire signed [W - 1:0] s = a + b;
-                if (level % 2 == 0 || level == LEVELS) begin : registered
-                    reg signed [W - 1:0] q;
-                    always @(posedge clk) q <= s;
-                    assign stage[level].node[i * W +: W] = q;
-                end else begin : wired
-                    assign stage[level].node[i * W +: W] = s;
-                end
+                wire [W - 2:0] a = stage[level - 1].node[2 * i * (W - 1) +: W - 1];
+                wire [W - 2:0] b = stage[level - 1].node[(2 * i + 1) * (W - 1) +: W - 1];
+                reg [W - 1:0] s;
+                always @(posedge clk) s <= {a[W - 2], a} + {b[W - 2], b};
+                assign stage[level].node[i * W +: W] = s;
             end
         end
     endgenerate

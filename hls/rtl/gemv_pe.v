@@ -15,7 +15,7 @@
 // thousands of registers. `rst` (synchronous) forgets everything.
 //
 // Timing, with no stalls (runtime/fpga/cycles.py has the formula and the test holds it to this file): one cycle for the
-// command, blocks + 2 to load x, per row a header beat for each 32 blocks (with minima 16) begun and ceil(blocks / LANES)
+// command, blocks + 4 to load x, per row a header beat for each 32 blocks (with minima 16) begun and ceil(blocks / LANES)
 // cycles of weights, then the latency of the pipeline. A command may follow while rows are still in it.
 module gemv_pe #(
     parameter WEIGHT_BITS = 4,         // 4 or 8
@@ -48,16 +48,17 @@ module gemv_pe #(
     output wire [31:0]        y_data
 );
     localparam BLOCK_BITS  = 32 * WEIGHT_BITS;
-    localparam BEAT_BLOCKS = 512 / BLOCK_BITS;
-    localparam HEADER_BITS = HAS_MIN ? 32 : 16;             // of a block
-    localparam HEADER_BLOCKS = 512 / HEADER_BITS;
+    localparam HEADER_BITS = HAS_MIN != 0 ? 32 : 16;        // of a block
+    localparam [15:0] BEAT_BLOCKS   = WEIGHT_BITS == 4 ? 16'd4 : 16'd2;
+    localparam [15:0] HEADER_BLOCKS = HAS_MIN != 0 ? 16'd16 : 16'd32;
+    localparam [15:0] WORD          = LANES[15:0];          // blocks in a cycle
     localparam LOG_LANES   = $clog2(LANES);
     localparam TERM_WIDTH  = (WEIGHT_BITS == 4 ? 97 : 100) + HAS_MIN;
     // 2**12 blocks of int8 or 2**14 of int4 reach 2**111; MAX_BLOCKS is less.
     localparam ACC_WIDTH   = 112;
-    localparam LANE_LATENCY = (USE_DSP == 0 && WEIGHT_BITS == 8 ? 5 : 4) + 4 + HAS_MIN;
+    localparam LANE_LATENCY = (USE_DSP != 0 ? 6 : WEIGHT_BITS == 4 ? 7 : 8) + 4 + HAS_MIN;
     // From a word of weights at the lanes to the accumulator.
-    localparam SUM_LATENCY = LANE_LATENCY + (LOG_LANES + 1) / 2;
+    localparam SUM_LATENCY = LANE_LATENCY + LOG_LANES;
 
     // ---- What is read next -----------------------------------------------------------------------------------------
     localparam IDLE = 2'd0, LOAD = 2'd1, SETTLE = 2'd2, RUN = 2'd3;
@@ -74,12 +75,13 @@ module gemv_pe #(
     wire taken     = w_valid && w_ready;
     wire pop       = y_valid && y_ready;
     wire issue     = (taken && !header) || words_left != 0;
-    wire row_ends  = block + LANES >= blocks;
+    wire [15:0] next_block = block + WORD;
+    wire row_ends  = next_block >= blocks;
     wire row_taken = issue && row_ends;
-    wire group_ends = ((block + LANES) & (HEADER_BLOCKS - 1)) == 0;
+    wire group_ends = next_block % HEADER_BLOCKS == 0;
     wire [15:0] after = blocks - block;                     // blocks of the row from here on
     wire [15:0] in_beat = after < BEAT_BLOCKS ? after : BEAT_BLOCKS;
-    wire [15:0] words_in_beat = (in_beat + (LANES - 1)) >> LOG_LANES;
+    wire [15:0] words_in_beat = (in_beat + WORD - 1'b1) >> LOG_LANES;
 
     assign command_ready = state == IDLE && words_left == 0;
     assign x_ready       = state == LOAD;
@@ -91,7 +93,8 @@ module gemv_pe #(
             words_left <= 0;
             credits    <= OUT_DEPTH;
         end else begin
-            credits <= credits - row_taken + pop;
+            if (row_taken && !pop) credits <= credits - 1'b1;
+            if (pop && !row_taken) credits <= credits + 1'b1;
             case (state)
                 IDLE: if (command_valid && command_ready) begin
                     rows_left <= command_rows;
@@ -111,12 +114,12 @@ module gemv_pe #(
                 end
                 SETTLE: begin          // the last block reaches its memory (activation_buffer.v)
                     settle <= settle + 1'b1;
-                    if (settle == 1) state <= RUN;
+                    if (settle == 3) state <= RUN;
                 end
                 default: begin
                     if (taken) header <= 0;
                     if (issue) begin
-                        block      <= row_ends ? 0 : block + LANES;
+                        block      <= row_ends ? 16'd0 : next_block;
                         words_left <= (taken ? words_in_beat[2:0] : words_left) - 1'b1;
                         if (row_ends || group_ends) header <= 1;
                         if (row_ends) rows_left <= rows_left - 1'b1;
@@ -171,7 +174,7 @@ module gemv_pe #(
             block_lane #(.WEIGHT_BITS(WEIGHT_BITS), .HAS_MIN(HAS_MIN), .USE_DSP(USE_DSP)) block_lane (
                 .clk(clk), .used(used1[lane]), .weights(weights1[BLOCK_BITS * lane +: BLOCK_BITS]),
                 .scale(scales1[HEADER_BITS * lane +: 16]),
-                .minimum(HAS_MIN ? scales1[HEADER_BITS * (lane + 1) - 16 +: 16] : 16'd0),
+                .minimum(HAS_MIN != 0 ? scales1[HEADER_BITS * (lane + 1) - 16 +: 16] : 16'd0),
                 .activations(x[255:0]), .step(x[271:256]), .x_sum(x[284:272]),
                 .term(terms[TERM_WIDTH * lane +: TERM_WIDTH]), .special(special[lane])
             );
@@ -183,7 +186,7 @@ module gemv_pe #(
     wire [SUM_WIDTH-1:0] word_sum;
     adder_tree #(.LEVELS(LOG_LANES), .WIDTH(TERM_WIDTH)) tree (.clk(clk), .terms(terms), .sum(word_sum));
     wire word_special;
-    delay #(.WIDTH(1), .CYCLES((LOG_LANES + 1) / 2)) beside_tree (.clk(clk), .d(|special), .q(word_special));
+    delay #(.WIDTH(1), .CYCLES(LOG_LANES)) beside_tree (.clk(clk), .d(|special), .q(word_special));
 
     // Bits that say what a word is must not survive a reset: the pipeline drains into nothing.
     reg [SUM_LATENCY-1:0] valid_line;

@@ -125,6 +125,7 @@ module gemv_pe_tb;
         end
     endtask
 
+    reg [511:0] word;                  // $fscanf of Verilator 5.006 reads into a variable, not into an element of a memory
     integer in, out, i, got, rows, blocks, exponent, load;
     reg [1023:0] input_name, output_name;
     initial begin
@@ -141,8 +142,14 @@ module gemv_pe_tb;
                 got = $fscanf(in, "%d %d %d %d", rows, blocks, exponent, load);
                 commands[i] = {rows[23:0], blocks[15:0], exponent[8:0], load[0]};
             end
-            for (i = 0; i < n_x; i = i + 1) got = $fscanf(in, "%h", xs[i]);
-            for (i = 0; i < n_w; i = i + 1) got = $fscanf(in, "%h", ws[i]);
+            for (i = 0; i < n_x; i = i + 1) begin
+                got = $fscanf(in, "%h", word);
+                xs[i] = word[271:0];
+            end
+            for (i = 0; i < n_w; i = i + 1) begin
+                got = $fscanf(in, "%h", word);
+                ws[i] = word;
+            end
             @(negedge clk) start;
             if (reset_at > 0) begin
                 wait (cycle >= reset_at);

@@ -54,7 +54,7 @@ module to_float32 #(
     wire signed [10:0] field6 = field5 + $signed({10'd0, rounded[24]});
     always @(posedge clk) begin
         rounded  <= {1'b0, q4[127:104]} + {24'd0, up};
-        field5   <= BIAS + exponent4 - $signed({4'd0, zeros4});
+        field5   <= BIAS + $signed({{2{exponent4[8]}}, exponent4}) - $signed({4'd0, zeros4});
         zero5    <= ~q4[127];
         sign5    <= sign4;
         special5 <= special4;

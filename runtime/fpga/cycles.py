@@ -1,17 +1,17 @@
-"""How many cycles the GEMV processing element (hls/rtl/gemv_pe.v) takes: one formula, held to the RTL by tests/test_rtl.py.
+"""Cycles of the GEMV processing element (hls/rtl/gemv_pe.v): one formula, held to its simulation by tests/test_rtl.py.
 
     cycles = 1 + load + rows * row_cycles + latency + stalls
 
     1           the command is taken
-    load        in_features / 32 + 2: x goes into its buffer, one block of 32 per cycle; 0 where it stays as it was
-    row_cycles  header beats, one cycle each, and weight beats, as many cycles as words of `lanes` blocks are used of them
+    load        in_features / 32 + 4: x goes into its buffer, one block of 32 per cycle; 0 where it stays as it was
+    row_cycles  header beats, one cycle each, and weight beats, a cycle for each word of `lanes` blocks in use
     latency     from the last word of weights to its row's result; constant for an element, paid once, because the rows
                 before are in the pipeline at the same time, and the next command may be too
     stalls      cycles in which the element wanted a beat (of x or of weights) and none was there, or in which all its
                 credits for results were out because nobody took them
 
-Where memory brings r < 1 beats per cycle evenly, its stalls make the rows max(beats / r, rows * row_cycles) long: while a
-beat with more words than one is worked on, the next has time to arrive.
+Where memory brings r < 1 beats per cycle evenly, its stalls make the rows max(beats / r, rows * row_cycles) long: while
+a beat with more words than one is worked on, the next has time to arrive.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ class Element:
 
     @property
     def latency(self) -> int:
-        """Cycles from the one that takes a row's last weights to the one that can take its result, without the latter."""
-        dot = 5 if self.bits == 8 and not self.dsp else 4  # product or bit planes, tree of 32
+        """Cycles between the one that takes a row's last weights and its result; the latter is counted."""
+        dot = 6 if self.dsp else 7 if self.bits == 4 else 8  # products or bit planes, tree
         scale = 4 + self.minimum  # times scale and step, shift, minimum
-        tree = (self.lanes.bit_length()) // 2  # lanes together: a register after every second level of adders
+        tree = self.lanes.bit_length() - 1  # lanes together
         return 2 + dot + scale + tree + 1 + 6 + 1  # beat and buffer; those; accumulator; to float32; FIFO
 
     def row_beats(self, in_features: int) -> int:
@@ -78,6 +78,6 @@ def gemv_cycles(
 
     `beats_per_cycle`: what the channel's memory brings, evenly; `stalls`: cycles known to be lost beyond that.
     """
-    fill = 1 + (ceil(in_features / BLOCK) + 2 if load else 0)
+    fill = 1 + (ceil(in_features / BLOCK) + 4 if load else 0)
     stream = max(rows * element.row_beats(in_features) / beats_per_cycle, rows * element.row_cycles(in_features))
     return fill + stream + element.latency + stalls

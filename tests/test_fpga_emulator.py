@@ -1,0 +1,372 @@
+"""The OpenCL FPGA kernels on Intel's emulator: conformance, the default model, channels as on a board, refusals.
+
+Formats are a few unless POLYKERN_ALL_FPGA is set (`make fpga`): each takes seconds to compile.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+from types import SimpleNamespace
+
+import fpga_runs
+import numpy as np
+import pytest
+from fpga_runs import CONFORMANCE, EVERYTHING, GOLDEN, answer
+from polykern.backends.opencl import fpga
+from polykern.backends.opencl.fpga import emulator, programs
+from polykern.backends.opencl.fpga.engine import BEAT_BYTES, EMULATED, LAYOUTS, Engine, pack
+from polykern.kernels.errors import BackendUnavailable
+from polykern.kernels.ops import OPS
+from polykern.kernels.quant import FORMATS, Weight
+from polykern.kernels.testdata import random_weight
+
+OPS_HERE = [name for name, op in OPS.items() if op.decompose is None and name != "sample"]
+# One of each header (hls/README.md), of each width, and one without blocks: enough to kill every mutant.
+FORMATS_HERE = "" if EVERYTHING else "Q4_1,Q5_0,Q4_K,Q6_K,F16"
+
+
+@pytest.fixture(scope="module")
+def reports():
+    fpga_runs.need_emulator()
+    return answer(CONFORMANCE, "fpga-emu", FORMATS_HERE, *OPS_HERE)
+
+
+@pytest.mark.parametrize("op", OPS_HERE)
+def test_conforms(reports, op):
+    report = reports[op]
+    assert report["wrong"] == []
+    assert report["passed"] == report["cases"] > 0
+    assert report["killed"] == report["mutants"] >= 3
+
+
+def test_what_is_not_there_is_taken_apart_or_left_to_the_host():
+    assert {kernel for kernel in OPS if kernel not in OPS_HERE} == {
+        "sample", "rms_norm_gemm", "gemm_add", "rms_norm_gemm_glu", "rope_kv_append",
+    }  # fmt: skip
+
+
+def test_the_command_line_opens_it():
+    fpga_runs.need_emulator()
+    done = fpga_runs.runtime("conformance", "--backend", "opencl", "--device", "fpga-emu", "--op", "add", "--json")
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["ok"]) == (0, True), done.stderr
+    assert found["device"] == "Intel(R) FPGA Emulation Platform for OpenCL(TM) / Intel(R) FPGA Emulation Device"
+    assert found["detail"]["engine"] == vars(EMULATED)
+
+
+@pytest.mark.parametrize("precision", ["fast", "exact"] if EVERYTHING else ["fast"])
+def test_the_default_model_answers_as_golden(precision):
+    """Without a call on the host: `fallback` is "error"."""
+    fpga_runs.need_emulator()
+    found = answer(GOLDEN, "fpga-emu", precision, "8")
+    assert (found["checked"], "FPGA Emulation" in found["device"]) == (8, True)
+
+
+# --- channels
+
+
+ENGINES = """
+import json
+from dataclasses import replace
+from polykern.backends.opencl import device
+from polykern.backends.opencl.fpga import FpgaBackend, emulator
+from polykern.backends.opencl.fpga.engine import EMULATED, Engine
+from polykern.kernels import conformance
+from polykern.kernels.ops import OPS
+
+emulator.prepare()
+opened = device.open_device("fpga-emu")
+failures, passed = [], 0
+
+def check(backend, name, keep):
+    global passed
+    op = OPS[name]
+    report = conformance.run(backend, ops=[replace(op, cases=tuple(filter(keep, op.cases)), mutants=())])
+    passed += report.summary()["passed"]
+    failures.extend(map(str, [*report.failures, *report.missing]))
+
+for channels, tokens in ((1, 1), (8, 3)):
+    backend = FpgaBackend(opened, engine=replace(EMULATED, channels=channels, tokens=tokens, max_in_features=4096))
+    check(backend, "gemm", lambda case: case.name.startswith("Q4_1-fast") and case.dims["N"] < 8000)
+    check(backend, "embedding", lambda case: case.dims["format"] == "Q4_1")
+    check(backend, "dequantize", lambda case: case.dims["format"] == "Q4_1")
+board = FpgaBackend(opened, engine=replace(Engine(), emulated=True), is_sequential=False)
+check(board, "gemm", lambda case: case.name in ("Q4_1-fast-5x123x32", "Q4_1-fast-33x20x64", "Q4_1-fast-bias-7"))
+check(board, "attention", lambda case: case.name in ("decode-ragged", "prefill-chunk", "lost"))
+check(board, "dequantize", lambda case: case.name == "Q4_1-5x96")
+print(json.dumps({"passed": passed, "failures": failures}))
+"""
+
+
+def test_other_numbers_of_channels_and_kernels_that_run_at_once():
+    """The last few with channels as short as a board's, so that each kernel waits for the others again and again."""
+    fpga_runs.need_emulator()
+    found = answer(ENGINES)
+    assert found["failures"] == []
+    assert found["passed"] == 2 * (22 + 4 + 6) + 7
+
+
+@pytest.mark.parametrize("family", programs.families(FORMATS), ids=lambda family: family.label)
+def test_structure_is_what_a_board_takes(family):
+    """Each channel is written by one kernel and read by another, and each kernel is a single work-item."""
+    text = re.sub(r"\bNAME\((\w+)\)", rf"\1_{family.suffix}", family.body())
+    functions = dict(re.findall(r"^(?:SINGLE __kernel|inline) \w+ (\w+)(.*?\n}\n)", text, re.DOTALL | re.MULTILINE))
+    kernels = {name: functions[name] for name in family.kernels()}
+    assert text.count("__kernel") == text.count("SINGLE __kernel") == len(kernels)
+    helpers = {name: body for name, body in functions.items() if name not in kernels}
+    for name, body in kernels.items():  # with what it calls
+        kernels[name] = body + "".join(helpers[helper] for helper in helpers if f"{helper}(" in body)
+    channels = re.findall(r"^channel \w+ (\w+)", text, re.MULTILINE)
+    for channel in channels:
+        users = [
+            [name for name, body in kernels.items() if re.search(rf"\b{verb}_channel_intel\({channel}\b", body)]
+            for verb in ("write", "read")
+        ]
+        assert [len(names) for names in users] == [1, 1], f"{channel}: {users}"
+        assert users[0] != users[1], channel
+    assert family.file not in ("gemm", "attention", "dequantize") or len(channels) >= 2
+
+
+def test_no_kernel_is_there_twice():
+    names = [name for family in programs.families(FORMATS) for name in family.kernels()]
+    assert len(names) == len(set(names)) > 100
+
+
+# --- the engine's bits
+
+
+BITS = """
+import json
+import numpy as np
+from polykern.backends.opencl import provider
+from polykern.kernels.op import TensorType
+from polykern.kernels.spi import BoundCall, DeviceTensor, OpenOptions
+import test_fpga_emulator as here
+
+backend = provider.open(OpenOptions(device="fpga-emu"))
+found = {}
+for name in ("Q4_1", "Q5_0"):
+    weight, x = here.bits_case(name)
+    shape = (x.shape[0], weight.shape[0])
+    buffers = {"x": backend.alloc(TensorType(x.shape, "f32")), "y": backend.alloc(TensorType(shape, "f32"))}
+    backend.write(buffers["x"], x)
+    tensors = {
+        "x": DeviceTensor(buffers["x"], x.shape, "f32", 0, x.shape[1]),
+        "w": DeviceTensor(backend.pack(weight), weight.shape, name),
+        "y": DeviceTensor(buffers["y"], shape, "f32", 0, shape[1]),
+    }
+    backend.bind(BoundCall("gemm", tensors, {"precision": "fast"}))()
+    y = backend.read(buffers["y"], TensorType(shape, "f32"))
+    different = y.view(np.uint32) != here.engine_model(weight, x).view(np.uint32)
+    found[name] = [int(np.sum(different)), y.size, float(np.abs(y).mean())]
+print(json.dumps(found))
+"""
+
+
+def bits_case(name: str) -> tuple[Weight, np.ndarray]:
+    rng = np.random.default_rng(5)
+    x = rng.standard_normal((5, 1440), dtype=np.float32)
+    x[1, 64:96] = 0
+    x[2, 40] = 300.0
+    return random_weight(rng, name, 37, 1440, "normal"), x
+
+
+def engine_model(weight: Weight, x: np.ndarray) -> np.ndarray:
+    """hls/README.md, "Activations" and "One weight beat", for formats whose header is one scale (and minimum) a block.
+
+    Integers and factors come out of the file's dequantised numbers, not out of our packing.
+    """
+    f32 = np.float32
+    n, k = weight.shape
+    blocks = weight.data.reshape(n, k // 32, -1)
+    d = blocks[:, :, :2].copy().view(np.float16)[..., 0].astype(f32)
+    m = (
+        blocks[:, :, 2:4].copy().view(np.float16)[..., 0].astype(f32)
+        if weight.format.name == "Q4_1"
+        else np.zeros_like(d)
+    )
+    w = weight.dense().reshape(n, k // 32, 32).astype(np.float64)
+    q = np.rint((w - m[..., None]) / d[..., None].astype(np.float64)).astype(np.int64)
+    top = np.abs(x.reshape(len(x), -1, 32)).max(axis=2)
+    safe = np.where(top < 1e-36, f32(1), top)
+    a = np.clip(np.rint(x.reshape(len(x), -1, 32) * (f32(127) / safe)[..., None]), -127, 127)
+    a = np.where((top < 1e-36)[..., None], 0, a).astype(np.int64)
+    step = np.where(top < 1e-36, f32(0), safe / f32(127)).astype(f32)
+    isum = np.einsum("nbk,tbk->tnb", q, a).astype(f32)
+    block = isum * d
+    if weight.format.name == "Q4_1":
+        block = block + a.sum(axis=2).astype(f32)[:, None] * m
+    p = block * step[:, None]
+    per = LAYOUTS[weight.format.name].weights // 32
+    p = np.concatenate([p, np.zeros((*p.shape[:2], -p.shape[2] % per), f32)], axis=2).reshape(*p.shape[:2], -1, per)
+    v = (p[..., 0] + p[..., 1]) + (p[..., 2] + p[..., 3]) if per == 4 else p[..., 0] + p[..., 1]
+    sums = np.zeros((*v.shape[:2], 8), f32)
+    for i in range(v.shape[2]):
+        sums[..., i % 8] = v[..., i] if i < 8 else sums[..., i % 8] + v[..., i]
+    s = sums[..., 0::2] + sums[..., 1::2]
+    return (s[..., 0] + s[..., 1]) + (s[..., 2] + s[..., 3])
+
+
+def test_bits_are_those_of_the_definition():
+    fpga_runs.need_emulator()
+    for name, (different, size, mean) in answer(BITS).items():
+        assert (different, size) == (0, 5 * 37), name
+        assert mean > 0.1
+
+
+def test_a_beat_lies_as_the_definition_says():
+    """Q4_1: a header of 16 (scale, minimum) before 4 beats of 128 nibbles; rows dealt round robin."""
+    weight = random_weight(np.random.default_rng(1), "Q4_1", 5, 576, "normal")
+    packed = pack(weight, Engine(channels=2))
+    assert packed.shape == (2, 3, LAYOUTS["Q4_1"].row_beats(576), BEAT_BYTES) == (2, 3, 7, 64)
+    blocks = weight.data.reshape(5, 18, 20)
+    row = packed[1, 1]  # row 3
+    assert np.array_equal(row[0].reshape(16, 4), blocks[3, :16, :4])
+    assert np.array_equal(row[5].reshape(16, 4)[:2], blocks[3, 16:, :4])
+    low, high = blocks[3, 5, 4:] & 15, blocks[3, 5, 4:] >> 4
+    quants = np.concatenate([low, high])
+    assert np.array_equal(row[2].reshape(4, 16)[1], quants[0::2] | quants[1::2] << 4)
+    assert not packed[1, 2].any()  # channel 1 has two rows only
+    assert not row[6, 32:].any()
+
+
+# --- refusals
+
+
+REFUSALS = """
+import json
+from polykern.backends.opencl import provider
+from polykern.kernels.op import Signature, TensorType
+from polykern.kernels.ops import OPS
+from polykern.kernels.spi import OpenOptions
+
+backend = provider.open(OpenOptions(device="fpga-emu"))
+
+def ask(op, attrs=None, **tensors):
+    types = {name: TensorType(tuple(shape), dtype) for name, (dtype, *shape) in tensors.items()}
+    answer = backend.supports(OPS[op].signature(types, attrs or {}))
+    return getattr(answer, "reason", "")
+
+def attention(heads, kv_heads, dim, pages=4):
+    return ask("attention", q=("f32", 1, heads, dim), k_pages=("f16", pages, kv_heads, 16, dim),
+               v_pages=("f16", pages, kv_heads, 16, dim), block_table=("i32", 1, pages), seq_ids=("i32", 1),
+               positions=("i32", 1))
+
+print(json.dumps([
+    ask("gemm", {"precision": "fast"}, x=("f32", 1, 16384), w=("Q4_1", 8, 16384)),
+    ask("gemm", {"precision": "fast"}, x=("f32", 1, 15360), w=("Q4_1", 8, 15360)),
+    attention(2, 2, 257), attention(2, 2, 256), attention(34, 2, 64), attention(32, 2, 64),
+    attention(2, 2, 64, 513), attention(2, 2, 64, 512),
+    ask("dequantize", w=("F32", 2, 262145)), ask("dequantize", w=("F32", 2, 262144)),
+    ask("sample", x=("f32", 1, 9), params=("f32", 1, 4), rng=("u32", 1, 2)),
+]))
+"""
+
+
+def test_refusals_say_the_number():
+    fpga_runs.need_emulator()
+    assert answer(REFUSALS) == [
+        "fpga.gemm_q4_1_fast: in_features 16384 > 15360, which these kernels hold on chip", "",
+        "fpga.attention_f16: head_dim 257 > 256, which these kernels hold on chip", "",
+        "fpga.attention_f16: query heads per KV head 17 > 16, which these kernels hold on chip", "",
+        "fpga.attention_f16: 8208 keys of head_dim 64 takes 65664 words of 512 bits > 65536, which an emulated channel"
+        " holds", "",
+        "fpga.dequantize_f32: a row takes 16385 words of 512 bits > 16384, which an emulated channel holds", "",
+        "no OpenCL kernel for sample yet",
+    ]  # fmt: skip
+
+
+# --- having the emulator
+
+
+def test_device_names():
+    assert fpga.parse("fpga-emu") == ("fpga-emu", "")
+    assert fpga.parse(" FPGA:a:b.aocx") == ("fpga", "a:b.aocx")
+    assert fpga.parse("fpga-emu:k.aocx") == ("fpga-emu", "k.aocx")
+    for other in (None, "", "0", "intel", "an fpga", "fpga-emulator"):
+        assert fpga.parse(other) == ("", "")
+
+
+def test_offline_is_one_line(tmp_path):
+    done = fpga_runs.runtime(
+        "conformance", "--backend", "opencl", "--device", "fpga-emu", "--op", "add",
+        POLYKERN_CACHE_DIR=str(tmp_path), PIP_NO_INDEX="1", PIP_FIND_LINKS="",
+    )  # fmt: skip
+    (line,) = done.stderr.strip().splitlines()
+    assert done.returncode == 1
+    assert "the FPGA emulator could not be fetched: pip says of intel-opencl-rt==2023.2.4: " in line
+    assert line.endswith(
+        "it is needed once (308 MB): run `make fpga-emulator` with a connection, or copy"
+        f" {tmp_path}/opencl/fpga-emulator-2023.2.4 from a machine that has it"
+    )
+    assert not list((tmp_path / "opencl").glob("*.part"))
+
+
+@pytest.fixture
+def empty_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path))
+    monkeypatch.delenv("OCL_ICD_VENDORS", raising=False)
+    return tmp_path
+
+
+def test_other_machines_are_refused(empty_cache, monkeypatch):
+    monkeypatch.setattr(emulator.platform, "machine", lambda: "aarch64")
+    with pytest.raises(BackendUnavailable, match=f"is for Linux on x86-64, this is {sys.platform} on aarch64"):
+        emulator.install()
+
+
+def test_a_full_disk_is_said_before_anything_is_fetched(empty_cache, monkeypatch):
+    monkeypatch.setattr(emulator.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10_000_000))
+    with pytest.raises(
+        BackendUnavailable, match=r"needs 850 MB, .* has 10 MB free: free some, or set POLYKERN_CACHE_DIR"
+    ):
+        emulator.install()
+
+
+def test_a_changed_wheel_is_refused(empty_cache, monkeypatch):
+    def download(requirement, stage, *_):
+        (stage / "intel.whl").write_bytes(b"something else")
+        return stage / "intel.whl"
+
+    monkeypatch.setattr(emulator.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(emulator, "_download", download)
+    with pytest.raises(BackendUnavailable, match=r"intel\.whl has sha256 [0-9a-f]{64}, expected acf4845b55b4"):
+        emulator.install()
+    assert not emulator.library().exists()
+
+
+def test_a_chosen_folder_of_drivers_wins(empty_cache, monkeypatch):
+    monkeypatch.setenv("OCL_ICD_VENDORS", "/etc/OpenCL/vendors")
+    with pytest.raises(BackendUnavailable, match="OCL_ICD_VENDORS is set to /etc/OpenCL/vendors, so only that is used"):
+        emulator.prepare()
+
+
+OTHERS_FIRST = """
+import json
+from polykern.backends.opencl import provider
+from polykern.kernels.errors import BackendUnavailable
+from polykern.kernels.spi import OpenOptions
+
+said = []
+try:
+    provider.devices()
+    provider.open(OpenOptions(device="fpga-emu"))
+except BackendUnavailable as error:
+    said.append(str(error))
+print(json.dumps(said))
+"""
+
+
+def test_other_runtimes_of_the_process_are_in_the_way():
+    fpga_runs.need_emulator()
+    (said,) = answer(OTHERS_FIRST)
+    if said.startswith("no OpenCL device found"):
+        pytest.skip(f"needs another OpenCL runtime: {said}")
+    assert said == (
+        "this process has used other OpenCL runtimes, beside which the FPGA emulator cannot be loaded: open it first,"
+        " or in a process of its own"
+    )
