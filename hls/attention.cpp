@@ -42,11 +42,6 @@ struct heads_t {
 struct query_t {
     float lane[HEAD_LANES][LANES];
 };
-// A block of keys as the values see it: weights, and what the sums so far are multiplied by.
-struct weights_t {
-    float weight[KEY_BLOCK][HEAD_LANES];
-    float rescale[HEAD_LANES];
-};
 
 // Process: finds out which keys each row sees, whether its pages exist, and where they lie.
 template <typename Runs, typename Items>
@@ -77,7 +72,11 @@ ROWS:
                 item.heads = group - head < HEAD_LANES ? group - head : HEAD_LANES;
                 item.keys = has_keys ? position - first + 1 : 0;
                 item.fill = sequence < 0 ? 0 : float_of(0x7FC00000);
-                for (int i = 0; i < READERS; i++) items[i].write(item);
+            TO_READERS:
+                for (int i = 0; i < READERS; i++) {
+#pragma HLS unroll
+                    items[i].write(item);
+                }
                 if (!has_keys) {
                     key_runs.write({0, 0, true});
                     value_runs.write({0, 0, true});
@@ -198,8 +197,9 @@ SCORE_ITEMS:
 }
 static_assert(MAX_HEAD_WORDS <= LANES, "the words of a key are added by one tree");
 
-// Process: running softmax, KEY_BLOCK keys at a time: the recurrence over maximum and sum is passed once per block.
-static void soften(hls::stream<heads_t> &scores, hls::stream<item_t> &work, int items, hls::stream<weights_t> &weights,
+// Process: running softmax, KEY_BLOCK keys at a time: the recurrence over maximum and sum is passed once per block. Of each
+// block leave what the sums so far are multiplied by, then the weight of each key.
+static void soften(hls::stream<heads_t> &scores, hls::stream<item_t> &work, int items, hls::stream<heads_t> &weights,
                    hls::stream<heads_t> &totals) {
 SOFTEN_ITEMS:
     for (int i = 0; i < items; i++) {
@@ -211,14 +211,15 @@ SOFTEN_ITEMS:
         }
     KEY_BLOCKS:
         for (int first = 0; first < item.keys; first += KEY_BLOCK) {
+            const int keys = item.keys - first < KEY_BLOCK ? item.keys - first : KEY_BLOCK;
             float block[KEY_BLOCK][HEAD_LANES];
 #pragma HLS array_partition variable=block complete
-            weights_t out;
+            heads_t rescale;
         BLOCK_SCORES:
             for (int k = 0; k < KEY_BLOCK; k++) {
 #pragma HLS pipeline II=1
                 heads_t score = {};
-                if (first + k < item.keys) score = scores.read();
+                if (k < keys) score = scores.read();
                 for (int head = 0; head < HEAD_LANES; head++) block[k][head] = score.head[head];
             }
         // 4 steps a head: a block of scores takes head_dim cycles to come in, and exp is dear.
@@ -227,18 +228,25 @@ SOFTEN_ITEMS:
 #pragma HLS pipeline II=4
                 float top = largest[head];
                 for (int k = 0; k < KEY_BLOCK; k++) {
-                    if (first + k < item.keys && block[k][head] > top) top = block[k][head];
+                    if (k < keys && block[k][head] > top) top = block[k][head];
                 }
                 float term[LANES];
                 for (int k = 0; k < KEY_BLOCK; k++) {
-                    out.weight[k][head] = first + k < item.keys ? hls::exp(block[k][head] - top) : 0;
-                    term[k] = out.weight[k][head];
+                    term[k] = k < keys ? hls::exp(block[k][head] - top) : 0;
+                    block[k][head] = term[k];
                 }
-                out.rescale[head] = hls::exp(largest[head] - top);
-                total[head] = total[head] * out.rescale[head] + sum_of(term);
+                rescale.head[head] = hls::exp(largest[head] - top);
+                total[head] = total[head] * rescale.head[head] + sum_of(term);
                 largest[head] = top;
             }
-            weights.write(out);
+            weights.write(rescale);
+        BLOCK_WEIGHTS:
+            for (int k = 0; k < KEY_BLOCK; k++) {
+#pragma HLS pipeline II=1
+                heads_t weight;
+                for (int head = 0; head < HEAD_LANES; head++) weight.head[head] = block[k][head];
+                weights.write(weight);
+            }
         }
         heads_t sum;
         for (int head = 0; head < HEAD_LANES; head++) sum.head[head] = total[head];
@@ -250,7 +258,7 @@ static_assert(KEY_BLOCK % KEY_PARTIALS == 0, "partial sums take turns evenly");
 
 // Process: weighted sums of values. Keys take turns in KEY_PARTIALS sums per number, so that a sum comes back only after
 // KEY_PARTIALS * head_dim / 16 cycles, longer than an adder and a multiplier from head_dim 48 on.
-static void weigh(hls::stream<weights_t> &weights, hls::stream<heads_t> &totals, hls::stream<word_t> &values,
+static void weigh(hls::stream<heads_t> &weights, hls::stream<heads_t> &totals, hls::stream<word_t> &values,
                   hls::stream<item_t> &work, int items, int head_dim, hls::stream<word_t> &results) {
     const int words = up(head_dim, LANES);
     query_t sum[KEY_PARTIALS][MAX_HEAD_WORDS];
@@ -266,21 +274,23 @@ WEIGH_ITEMS:
         }
     VALUE_BLOCKS:
         for (int first = 0; first < item.keys; first += KEY_BLOCK) {
-            const weights_t block = weights.read();
+            const heads_t rescale = weights.read();
+            heads_t weight = {};
             int k = 0, w = 0;
         VALUES:
             for (int step = 0; step < KEY_BLOCK * words; step++) {
 #pragma HLS pipeline II=1
 #pragma HLS dependence variable=sum inter distance=8 true
+                if (w == 0) weight = weights.read();
                 word_t value = {};
                 if (first + k < item.keys) value = values.read();
                 query_t &running = sum[k % KEY_PARTIALS][w];
                 for (int head = 0; head < HEAD_LANES; head++) {
 #pragma HLS unroll
-                    const float rescale = k < KEY_PARTIALS ? block.rescale[head] : 1;
+                    const float factor = k < KEY_PARTIALS ? rescale.head[head] : 1;
                     for (int lane = 0; lane < LANES; lane++) {
                         running.lane[head][lane] =
-                            running.lane[head][lane] * rescale + block.weight[k][head] * value.lane[lane];
+                            running.lane[head][lane] * factor + weight.head[head] * value.lane[lane];
                     }
                 }
                 w = w + 1 == words ? 0 : w + 1;
@@ -347,7 +357,7 @@ extern "C" void ATTENTION(const beat_t *q, int64_t q_offset, int64_t q_stride, c
     FIFO(word_t, keys, WORD_FIFO);
     FIFO(word_t, values, WORD_FIFO);
     FIFO(heads_t, scores, KEY_BLOCK);
-    FIFO(weights_t, weights, 2);
+    FIFO(heads_t, weights, 2 * (KEY_BLOCK + 1));
     FIFO(heads_t, totals, 2);
     FIFO(word_t, results, WORD_FIFO);
     DATAFLOW

@@ -26,16 +26,16 @@ constexpr float SMALLEST = 1e-36f;  // below it 127 / max|x| is not finite
 
 static void round_block(const word_t (&words)[2], activations_t &block) {
 #pragma HLS inline
-    float largest = 0;
-    bool is_finite = true;
+    // Without their sign, floats are in the order of their bits, infinities and NaNs above all: integers compare in LUTs.
+    uint32_t largest_bits = 0;
 LARGEST:
     for (int i = 0; i < BLOCK; i++) {
 #pragma HLS unroll
-        const float size = hls::fabs(words[i / LANES].lane[i % LANES]);
-        if (size > largest) largest = size;
-        is_finite &= (bits_of(size) >> 23) != 255;
+        const uint32_t size = bits_of(words[i / LANES].lane[i % LANES]) & 0x7FFFFFFF;
+        if (size > largest_bits) largest_bits = size;
     }
-    const bool is_used = is_finite && largest >= SMALLEST;
+    const float largest = float_of(largest_bits);
+    const bool is_finite = largest_bits < 0x7F800000, is_used = is_finite && largest >= SMALLEST;
     const float per_step = is_used ? float(ACTIVATION_LEVELS) / largest : 0;
     int sum = 0;
 ROUND:

@@ -10,7 +10,7 @@ READ_ANGLES:
         const bool is_known = position >= 0 && position < table_length;
         known.write(is_known);
     ANGLES:
-        for (int i = 0; i < rot_dim && is_known; i++) {
+        for (int i = 0; i < (is_known ? rot_dim : 0); i++) {
 #pragma HLS pipeline II=1
             angles.write(cos_sin[position * table_stride + i]);
         }
@@ -20,14 +20,14 @@ READ_ANGLES:
 // Process: heads come in by words, turn pair by pair on chip, and leave by words.
 static void rotate_heads(hls::stream<word_t> &words, hls::stream<int> &known, hls::stream<float> &angles, int tokens, int heads,
                          int head_dim, int rot_dim, bool is_half, hls::stream<word_t> &results) {
-    const int row_words = up(head_dim, LANES), pairs = rot_dim / 2;
+    const int row_words = up(head_dim, LANES), half = rot_dim / 2;
     float angle[MAX_HEAD_DIM], head[MAX_HEAD_DIM];
 #pragma HLS array_partition variable=head cyclic factor=LANES
 ROTATE_TOKENS:
     for (int token = 0; token < tokens; token++) {
-        const bool is_known = known.read();
+        const int pairs = known.read() ? half : 0;
     LOAD_ANGLES:
-        for (int i = 0; i < rot_dim && is_known; i++) {
+        for (int i = 0; i < 2 * pairs; i++) {
 #pragma HLS pipeline II=1
             angle[i] = angles.read();
         }
@@ -40,7 +40,7 @@ ROTATE_TOKENS:
                 for (int lane = 0; lane < LANES; lane++) head[w * LANES + lane] = word.lane[lane];
             }
         PAIRS:
-            for (int i = 0; i < pairs && is_known; i++) {
+            for (int i = 0; i < pairs; i++) {
 #pragma HLS pipeline II=1
 #pragma HLS dependence variable=head inter false
                 const int first = is_half ? i : 2 * i, second = is_half ? i + pairs : 2 * i + 1;

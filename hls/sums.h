@@ -50,11 +50,12 @@ ADD_PARTIALS:
 template <typename Sums>
 void write_sums(Sums (&sums)[CHANNELS], const float *bias, bool has_bias, float *y, int64_t y_stride, int tokens,
                 int out_features) {
+    constexpr int STEPS = TOKENS;  // one number a cycle; a pragma takes a constant, not a macro
 WRITE_TILES:
     for (int first = 0; first < tokens; first += TOKENS) {
     WRITE_SUMS:
         for (int row = 0; row < out_features; row++) {
-#pragma HLS pipeline II=TOKENS
+#pragma HLS pipeline II=STEPS
             const tokens_t sum = sums[row % CHANNELS].read();
             const float addend = has_bias ? bias[row] : 0;
             for (int t = 0; t < TOKENS; t++) {

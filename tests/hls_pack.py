@@ -97,6 +97,34 @@ def _quant_bytes(weight: Weight) -> Array:
     return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
 
+def fields_of(weight: Weight) -> tuple[Array, Array, Array, Array]:
+    """What headers say of each block of 32: d, m float32 and submin int64 [N, blocks], sub int64 [N, blocks, 2]."""
+    kind, rows = HEADERS[weight.format.name], weight.shape[0]
+    blocks = weight.shape[1] // 32
+    d = _half(weight, "d").repeat(min(8, weight.format.block_length // 32), axis=1)
+    m, sub, submin = np.zeros_like(d), np.ones((rows, blocks, 2), np.int64), np.ones((rows, blocks), np.int64)
+    if kind == "SM":
+        m = _half(weight, "m")
+    elif kind == "K":
+        m = -_half(weight, "dmin").repeat(8, axis=1)
+        scales, submin = _subscales(weight)
+        sub = scales[:, :, None].repeat(2, axis=2)
+    elif kind == "K6":
+        sub = np.ascontiguousarray(_field(weight, "scales")).view(np.int8).astype(np.int64).reshape(rows, blocks, 2)
+    return d, m, sub, submin
+
+
+def _half(weight: Weight, name: str) -> Array:
+    return np.ascontiguousarray(_field(weight, name)).view("<f2")[..., 0].astype(np.float32)
+
+
+def _subscales(weight: Weight) -> tuple[Array, Array]:
+    """6-bit scales and minima of a K format, int64 [out_features, blocks]."""
+    sub = _probe(weight, d=_ONE, dmin=_ZERO, qs=b"\x11", qh=b"\x00")[:, ::32]
+    submin = _probe(weight, d=_ZERO, dmin=_MINUS_ONE, qs=b"\x00", qh=b"\x00")[:, ::32]
+    return sub.astype(np.int64), submin.astype(np.int64)
+
+
 def _header_bytes(weight: Weight) -> Array:
     """uint8 [out_features, bytes]."""
     kind, rows = HEADERS[weight.format.name], weight.shape[0]
@@ -111,8 +139,7 @@ def _header_bytes(weight: Weight) -> Array:
         return header.reshape(rows, -1)
     turned = _field(weight, "dmin").copy()
     turned[:, :, 1] ^= 0x80  # the sign of a float16
-    sub = _probe(weight, d=_ONE, dmin=_ZERO, qs=b"\x11", qh=b"\x00")[:, ::32]
-    submin = _probe(weight, d=_ZERO, dmin=_MINUS_ONE, qs=b"\x00", qh=b"\x00")[:, ::32]
+    sub, submin = _subscales(weight)
     fields = (sub | submin << 6).astype(np.uint32).reshape(*d.shape[:2], 4, 2)
     pairs = fields[..., 0] | fields[..., 1] << 12
     scales = (pairs[..., None] >> np.array([0, 8, 16], np.uint32)).astype(np.uint8).reshape(*d.shape[:2], 12)

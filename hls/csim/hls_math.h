@@ -9,6 +9,5 @@ inline float tanh(float x) { return std::tanh(x); }
 inline float erf(float x) { return std::erf(x); }
 inline float sqrt(float x) { return std::sqrt(x); }
 inline float rint(float x) { return std::rint(x); }
-inline float fabs(float x) { return std::fabs(x); }
 
 }  // namespace hls
