@@ -40,7 +40,7 @@ def test_the_manifest_tells_all(built):
     kernels = {kernel["name"]: kernel["arguments"] for kernel in manifest["kernels"]}
     assert kernels["gemm_q4_1_fast"] == ["int tokens", "int in_features", "int rows"]
     assert kernels["attention_write_f16"][0] == "global float* y"
-    assert len(kernels) == len(manifest["kernels"]) == 8 + 2 * 4 + 2 * 10
+    assert len(kernels) == len(manifest["kernels"]) == 9 + 2 * 4 + 2 * 10
 
 
 def test_it_conforms(built):

@@ -1,4 +1,4 @@
-// Element-wise ops, copies of rows, argmax.
+// Element-wise ops, copies of rows.
 
 SINGLE __kernel void add(__global float *restrict x, long x_offset, long x_stride, __global const float *restrict y,
                          long y_offset, long y_stride, int tokens, int features) {
@@ -44,20 +44,4 @@ SINGLE __kernel void advance(__global int *restrict positions, long position_off
                              long seq_offset, int tokens) {
   for (int t = 0; t < tokens; t++)
     if (seq_ids[seq_offset + t] >= 0) positions[position_offset + t] += 1;
-}
-
-SINGLE __kernel void argmax(__global const float *restrict x, long x_offset, long x_stride, __global int *restrict ids,
-                            long ids_offset, int tokens, int vocab) {
-  for (int t = 0; t < tokens; t++) {
-    float top = -INFINITY;
-    int id = 0;
-    for (int n = 0; n < vocab; n++) {
-      const float v = x[x_offset + t * x_stride + n];
-      if (v > top) {  // never for NaN, nor for a later equal
-        top = v;
-        id = n;
-      }
-    }
-    ids[ids_offset + t] = id;
-  }
 }

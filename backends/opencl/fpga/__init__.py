@@ -53,7 +53,7 @@ def open_fpga(options: OpenOptions) -> FpgaBackend:
         if device.is_started() and EMULATOR not in (info.runtime for info in device.list_devices()):
             raise BackendUnavailable(
                 "this process has used other OpenCL runtimes, beside which the FPGA emulator cannot be loaded: open it"
-                " first, or in a process of its own"
+                " first (--backend opencl, not auto), or in a process of its own"
             )
         opened = device.open_device(EMULATOR, options.threads)
     else:
@@ -176,6 +176,10 @@ class FpgaBackend(OpenCLBackend):
 
     def source(self, spec: Any) -> tuple[str, list[str]]:
         return programs.source([spec]), self.engine.options()
+
+    def close(self) -> None:
+        self._kernel_objects.clear()
+        super().close()
 
     # What ops.py uses
 

@@ -91,7 +91,11 @@ def prepare(progress: Progress | None = None) -> None:
             f"OCL_ICD_VENDORS is set to {chosen}, so only that is used: unset it for the FPGA emulator"
         )
     install(progress)
-    runtimes.restrict(runtimes.Runtime("fpga-emu", str(library()), f"{folder()}, unpacked from pip packages"))
+    runtime = runtimes.Runtime("fpga-emu", str(library()), f"{folder()}, unpacked from pip packages")
+    problem = runtimes.diagnose(runtime).problem  # which the OpenCL loader would not tell
+    if problem:
+        raise BackendUnavailable(f"the FPGA emulator does not load: {problem}; to fetch it again, remove {folder()}")
+    runtimes.restrict(runtime)
 
 
 def install(progress: Progress | None = None) -> Path:

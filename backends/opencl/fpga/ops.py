@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from . import FpgaBackend
 
 INT8_LEVELS = 127
-POINTWISE, RMS_NORM, ROPE = Family("pointwise"), Family("rms_norm"), Family("rope")
+POINTWISE, RMS_NORM, ROPE, SAMPLE = Family("pointwise"), Family("rms_norm"), Family("rope"), Family("sample")
 
 
 def _ints(*numbers: int) -> tuple[np.int32, ...]:
@@ -119,13 +119,9 @@ def _dequantize(backend: FpgaBackend, call: BoundCall) -> list[Launch]:
 def _embedding(backend: FpgaBackend, call: BoundCall) -> list[Launch]:
     ids, w, y = call.tensors["token_ids"], call.tensors["w"], call.tensors["y"]
     vocab, features = w.shape
-    sizes = (len_of(ids), vocab, features, backend.engine.channel_rows(vocab), LAYOUTS[w.dtype].row_beats(features))
+    sizes = (ids.shape[0], vocab, features, backend.engine.channel_rows(vocab), LAYOUTS[w.dtype].row_beats(features))
     args = (*start(ids), w.buffer, *place(y), *_ints(*sizes), np.float32(call.attrs["scale"]))
     return [backend.single(_rows_family(call.signature), "embedding", *args)]
-
-
-def len_of(tensor: Any) -> int:
-    return tensor.shape[0]
 
 
 # attention, kv_append
@@ -254,7 +250,19 @@ def _advance(backend: FpgaBackend, call: BoundCall) -> list[Launch]:
 
 def _argmax(backend: FpgaBackend, call: BoundCall) -> list[Launch]:
     x, ids = call.tensors["x"], call.tensors["ids"]
-    return [backend.single(POINTWISE, "argmax", *place(x), *start(ids), *_ints(*x.shape))]
+    return [backend.single(SAMPLE, "argmax", *place(x), *start(ids), *_ints(*x.shape))]
+
+
+def _sample(backend: FpgaBackend, call: BoundCall) -> list[Launch]:
+    x, params, rng, ids = (call.tensors[name] for name in ("x", "params", "rng", "ids"))
+    room = backend.scratch("probabilities", x.shape[1] * 4)
+    args = (*place(x), *place(params), *place(rng), *start(ids), room, *_ints(*x.shape))
+    return [backend.single(SAMPLE, "sample", *args)]
+
+
+def _sample_numerics(signature: Signature) -> Numerics:
+    """The walk through the kept tokens adds one after another."""
+    return Numerics("f32", signature.tensors["x"].shape[1], "f32", FUNCTION_ULP)
 
 
 def _kernel(
@@ -274,6 +282,8 @@ KERNELS = [
     _kernel("kv_append", _pages_family, _copy_numerics, _kv_append),
     _kernel("rms_norm", lambda s: RMS_NORM, _rms_norm_numerics, _rms_norm),
     _kernel("rope", lambda s: ROPE, _copy_numerics, _rope),
+    _kernel("argmax", lambda s: SAMPLE, _sample_numerics, _argmax),
+    _kernel("sample", lambda s: SAMPLE, _sample_numerics, _sample),
     *(
         _kernel(op, lambda s: POINTWISE, _pointwise_numerics, bind)
         for op, bind in (
@@ -282,7 +292,6 @@ KERNELS = [
             ("glu", _glu),
             ("gather", _gather),
             ("advance", _advance),
-            ("argmax", _argmax),
         )
     ),
 ]

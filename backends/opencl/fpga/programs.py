@@ -69,7 +69,7 @@ def source(families: Iterable[Family]) -> str:
 
 def families(formats: Iterable[str]) -> list[Family]:
     """All that a model with weights in `formats` may need."""
-    found = [Family(file) for file in ("rms_norm", "rope", "pointwise")]
+    found = [Family(file) for file in ("rms_norm", "rope", "pointwise", "sample")]
     found += [Family("attention", pages) for pages in ("F16", "F32")]
     for name in formats:
         found += [gemm_family(name, "exact"), Family("dequantize", name)]
