@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -170,17 +171,25 @@ def test_what_is_no_number_stays_in_its_row(device: HlsDevice, value: float) -> 
     assert np.array_equal(found[2], found[0])
 
 
-@pytest.mark.parametrize(
-    "kernel", ["gemm.cpp -DWEIGHT_BITS=4", "gemm.cpp -DWEIGHT_BITS=8", "gemm_float.cpp", "dequantize.cpp"]
-)
-def test_each_channel_has_a_port_of_its_own(headers: Path, kernel: str) -> None:
-    """In what a compiler sees once macros are gone."""
-    command = ["g++", "-std=c++14", "-E", "-P", "-DCHANNELS=8", *kernel.split()[1:], "-Icsim", "-I.", "-isystem"]
-    command += [str(headers), kernel.split(maxsplit=1)[0]]
+@pytest.mark.parametrize("source", sorted(path.name for path in hls_build.HLS.glob("*.cpp")))
+def test_what_vitis_would_see(headers: Path, source: str) -> None:
+    """Once macros are gone: every pointer of the kernel is a port, each channel has one, processes are calls, and
+    nothing is used that has no hardware."""
+    command = ["g++", "-std=c++14", "-E", "-P", "-D__VITIS_HLS__", "-DCHANNELS=8", "-DWEIGHT_BITS=4", "-DKV_BITS=16"]
+    command += ["-Icsim", "-I.", "-isystem", str(headers), source]
     done = subprocess.run(command, cwd=hls_build.HLS, capture_output=True, text=True, check=True)
-    for channel in range(8):
-        assert f"#pragma HLS interface m_axi port=w{channel} bundle=w{channel} offset=slave" in done.stdout
-    assert "port=w8" not in done.stdout
+    start = done.stdout.rindex('extern "C" void')
+    kernel, ports = done.stdout[start:], re.findall(r"#pragma HLS interface m_axi port=(\w+)", done.stdout[start:])
+    arguments = kernel[: kernel.index("{")]
+    assert re.findall(r"\*\s*(\w+)", arguments) == ports
+    assert [port for port in ports if re.fullmatch(r"w\d+", port)] == [f"w{c}" for c in range(8)] * ("w0" in ports)
+    assert "#pragma HLS dataflow" in kernel
+    assert "region" not in kernel
+    text = re.sub(r"//.*", "", (hls_build.HLS / source).read_text())
+    assert not re.search(r"\b(std::|new|delete|malloc|throw|virtual|try)\b", text)
+    labels = re.findall(r"^ *([A-Z_]+):$", text, re.M)
+    assert labels
+    assert all(re.search(rf"^ *{label}:\n *(for|while|do)\b", text, re.M) for label in labels)
 
 
 # -- FIFOs
@@ -218,6 +227,22 @@ def test_a_shallow_fifo_is_a_deadlock(
     assert "waits on empty FIFO " in result.reason
     (again,) = run(device, ops=[op], case=case).cases  # the next call is not harmed
     assert again.status == "passed"
+
+
+@pytest.mark.parametrize("op", ["gemm", "dequantize", "rope", "glu"])
+def test_no_depth_is_needed_where_nothing_waits(device: HlsDevice, op: str) -> None:
+    """Every FIFO one word deep: slow in hardware, never stuck."""
+    text = "".join(path.read_text() for path in hls_build.HLS.glob("*.cpp"))
+    fifos = set(re.findall(r"FIFOS?\(\w+, (\w+),", text))
+    assert len(fifos) > 20
+    try:
+        for fifo in fifos:
+            device.set_depth(fifo, 1)
+        report = run(device, ops=[op], profile="small")
+    finally:
+        for fifo in fifos:
+            device.set_depth(fifo, 0)
+    assert report.summary()["passed"] == len(report.cases), report.failures
 
 
 # -- constants and packing
