@@ -19,7 +19,7 @@ from polykern.runtime.fpga.cells import CELLS
 from polykern.runtime.fpga.configuration import Configuration
 from polykern.runtime.fpga.constants import CONSTANTS
 from polykern.runtime.fpga.cycles import BLOCK, Element, gemv_cycles
-from polykern.runtime.fpga.engine import element_for
+from polykern.runtime.fpga.engine import cells, element_for
 from polykern.runtime.fpga.estimate import LIMITS, Estimate
 from polykern.runtime.fpga.parts import BEAT_BYTES, PARTS, Part, Resources
 from polykern.runtime.fpga.step import Step
@@ -181,6 +181,20 @@ def test_cells_are_those_that_were_counted() -> None:
         for e in json.loads(counted.read_text())["elements"]
     }
     assert found == CELLS, "out of date: python bench/fpga_page.py"
+
+
+def test_what_was_not_counted_follows_from_what_was() -> None:
+    for bits, counts in ((4, (1, 2, 4)), (8, (1, 2))):
+        for minimum in (False, True):
+            for dsp in (False, True):
+                sizes = [cells(Element(bits, lanes, minimum, dsp)) for lanes in counts]
+                assert [size.lut for size in sizes] == sorted(size.lut for size in sizes)
+                assert all(size.ff > 0 for size in sizes)
+            lut, dsp = (cells(Element(bits, counts[-1], minimum, products)) for products in (False, True))
+            assert dsp.lut < lut.lut
+            assert dsp.dsp >= lut.dsp + 32 * counts[-1]
+        with_minimum, without = (cells(Element(bits, 1, minimum, dsp=True)) for minimum in (True, False))
+        assert with_minimum.lut > without.lut
 
 
 def test_products_in_dsp_blocks_save_luts(small: Step) -> None:

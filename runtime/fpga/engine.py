@@ -23,4 +23,17 @@ def row_cycles(stream: Stream, lanes: int, in_features: int) -> int:
 
 def processing_element(stream: Stream, lanes: int, products: str) -> Resources:
     """Its cells, without the memory that holds x, whose size is the model's."""
-    return replace(CELLS[element_for(stream, lanes, products)], bram=0)
+    return replace(cells(element_for(stream, lanes, products)), bram=0)
+
+
+def cells(element: Element) -> Resources:
+    """What was counted, or follows from it: minima cost the same whatever multiplies, and lanes lie on a line."""
+    if element in CELLS:
+        return CELLS[element]
+    if element.minimum and element.dsp:
+        with_minimum, without = replace(element, dsp=False), replace(element, dsp=False, minimum=False)
+        return cells(replace(element, minimum=False)) + cells(with_minimum) + cells(without) * -1
+    counted = sorted(lanes for lanes in (1, 2, 4) if replace(element, lanes=lanes) in CELLS)
+    few, many = (CELLS[replace(element, lanes=lanes)] for lanes in (counted[0], counted[-1]))
+    part = (element.lanes - counted[0]) / (counted[-1] - counted[0])
+    return few * (1 - part) + many * part
