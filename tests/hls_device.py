@@ -1,6 +1,6 @@
 """The kernels of hls/ in C simulation as a backend, for tests: contract calls become calls of a shared library.
 
-`python hls_device.py LIBRARY [OP ...] [--small]` runs the suite on it and prints a JSON summary: a library under
+`python hls_device.py LIBRARY [OP ...]` runs the suite on it and prints a JSON summary: a library under
 AddressSanitizer can only be loaded by a process in which the sanitizer was loaded first.
 """
 
@@ -241,11 +241,10 @@ def main(arguments: list[str]) -> None:
     """Prints what the suite finds on each op: `summary`, and of failures and surviving mutants the text."""
     from polykern.kernels.conformance import run
 
-    is_small = "--small" in arguments
-    library, *ops = [a for a in arguments if a != "--small"]
+    library, *ops = arguments
     found: dict[str, Any] = {}
     for op in ops or OPS:
-        report = run(HlsDevice(Path(library)), ops=[op], profile="small" if is_small else "full")
+        report = run(HlsDevice(Path(library)), ops=[op])
         problems = [*report.failures, *report.survivors, *report.missing]
         found[op] = {"summary": report.summary(), "problems": [str(problem) for problem in problems]}
     print(json.dumps(found))
