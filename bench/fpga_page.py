@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -21,8 +20,10 @@ from typing import Any
 
 from polykern.kernels.errors import DoesNotFit
 from polykern.runtime.config import ModelConfig
+from polykern.runtime.fpga import cells as kept
 from polykern.runtime.fpga.configuration import Configuration
-from polykern.runtime.fpga.parts import PARTS
+from polykern.runtime.fpga.cycles import Element
+from polykern.runtime.fpga.parts import PARTS, Resources
 from polykern.runtime.fpga.plot import draw
 from polykern.runtime.fpga.step import Step
 from polykern.runtime.fpga.streams import AWQ
@@ -53,6 +54,14 @@ from .parts import Resources
 
 CELLS: Mapping[Element, Resources] = {
 '''
+
+
+def numbers(counted: Mapping[str, Any]) -> dict[Element, Resources]:
+    """What was counted, as the package holds it."""
+    return {
+        Element(e["bits"], e["lanes"], e["minimum"], e["dsp_products"]): Resources(**e["resources"])
+        for e in counted["elements"]
+    }
 
 
 def cells(counted: Mapping[str, Any]) -> str:
@@ -167,17 +176,14 @@ def page(text: str, found: Mapping[str, str]) -> str:
 
 def stale() -> dict[Path, str]:
     """Files that are out of date, with what they should hold."""
-    wanted: dict[Path, str] = {}
+    found: dict[Path, str] = {}
     if COUNTED.exists():
-        wanted[CELLS] = cells(json.loads(COUNTED.read_text()))
+        counted = json.loads(COUNTED.read_text())
+        if numbers(counted) != kept.CELLS:
+            found[CELLS] = cells(counted)
     with tempfile.TemporaryDirectory() as folder:
-        wanted[PAGE] = page(PAGE.read_text(), sections(Path(folder)))
-    return {path: text for path, text in wanted.items() if _words(path.read_text()) != _words(text)}
-
-
-def _words(text: str) -> str:
-    """Without layout, which `ruff format` may change."""
-    return re.sub(r"[\\s,]+", " ", text)
+        text = page(PAGE.read_text(), sections(Path(folder)))
+    return found if text == PAGE.read_text() else {**found, PAGE: text}
 
 
 def main() -> int:

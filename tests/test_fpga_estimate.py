@@ -176,11 +176,17 @@ def test_cells_are_those_that_were_counted() -> None:
     counted = ROOT / "bench" / "results" / "rtl-cells.json"
     if not counted.exists():
         pytest.skip("no bench/results/rtl-cells.json: `python bench/rtl_cells.py` writes it, with Yosys")
-    found = {
-        Element(e["bits"], e["lanes"], e["minimum"], e["dsp_products"]): Resources(**e["resources"])
-        for e in json.loads(counted.read_text())["elements"]
-    }
-    assert found == CELLS, "out of date: python bench/fpga_page.py"
+    assert fpga_page.numbers(json.loads(counted.read_text())) == CELLS, "out of date: python bench/fpga_page.py"
+
+
+def test_the_package_is_written_as_it_was_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    used = {"lut": 10, "ff": 20, "dsp": 3, "bram": 8.0}
+    counted = {"elements": [{"bits": 4, "lanes": 1, "minimum": True, "dsp_products": False, "resources": used}]}
+    assert "    Element(4, 1, minimum=True): Resources(10, 20, 3, 8),\n}\n" in fpga_page.cells(counted)
+    results = tmp_path / "rtl-cells.json"
+    results.write_text(json.dumps(counted))
+    monkeypatch.setattr(fpga_page, "COUNTED", results)
+    assert list(fpga_page.stale()) == [fpga_page.CELLS]
 
 
 def test_what_was_not_counted_follows_from_what_was() -> None:
