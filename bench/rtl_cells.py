@@ -111,10 +111,10 @@ def per_lane(elements: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for (bits, minimum, dsp), group in kinds.items():
         few, many = min(group, key=lambda e: e["lanes"]), max(group, key=lambda e: e["lanes"])
         lane = {
-            kind: (many["resources"][kind] - few["resources"][kind]) / (many["lanes"] - few["lanes"])
+            kind: round((many["resources"][kind] - few["resources"][kind]) / (many["lanes"] - few["lanes"]), 2)
             for kind in few["resources"]
         }
-        base = {kind: few["resources"][kind] - lane[kind] * few["lanes"] for kind in lane}
+        base = {kind: round(few["resources"][kind] - lane[kind] * few["lanes"], 2) for kind in lane}
         lines.append({"bits": bits, "minimum": minimum, "dsp_products": dsp, "lane": lane, "base": base})
     return lines
 
@@ -157,9 +157,8 @@ def main() -> int:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(record, chosen))
     if not args.check:
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True, cwd=ROOT
-        ).stdout.strip()
+        last = ["git", "log", "-1", "--format=%h", "--abbrev=12", "--", "hls/rtl/*.v"]
+        commit = subprocess.run(last, capture_output=True, text=True, check=True, cwd=ROOT).stdout.strip()
         document = {
             "tool": version(),
             "command": f"synth_xilinx -family {FAMILY} -flatten -noiopad -noclkbuf",

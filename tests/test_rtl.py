@@ -40,7 +40,7 @@ from rtl_model import (
     random_blocks,
     round32,
 )
-from rtl_sim import SOURCES, Simulator, need, need_verilator, parameters, run
+from rtl_sim import RTL, SOURCES, Simulator, need, need_verilator, parameters, run
 
 FULL = os.environ.get("POLYKERN_RTL") == "full"
 TOOL = "verilator" if FULL else "iverilog"
@@ -337,7 +337,6 @@ def test_verilator_has_nothing_to_say(element: Element) -> None:
     run("verilator", "--lint-only", "-Wall", "-Wno-UNUSEDSIGNAL", "--top-module", "gemv_pe", *options, *SOURCES)
 
 
-@pytest.mark.skipif(not RESULTS.exists(), reason="not counted yet: python bench/rtl_cells.py")
 def test_cells_are_of_these_sources() -> None:
     kept = json.loads(RESULTS.read_text())
     assert kept["sources_sha256"] == digest(), "hls/rtl changed: python bench/rtl_cells.py counts its cells again"
@@ -349,6 +348,20 @@ def test_cells_are_of_these_sources() -> None:
                 for kind in ("lut", "ff", "dsp"):  # block RAM comes in whole blocks
                     found = by_name[name_of(element)][kind]
                     assert found == pytest.approx(line["base"][kind] + element.lanes * line["lane"][kind], rel=0.05)
+
+
+def test_the_readmes_figures_are_the_files() -> None:
+    by_name = {e["name"]: e["resources"] for e in json.loads(RESULTS.read_text())["elements"]}
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (RTL / "README.md").read_text().splitlines()
+        if line.startswith(("| 4 |", "| 8 |"))
+    ]
+    assert len(rows) >= 7
+    for bits, lanes, header, products, *numbers in rows:
+        element = Element(int(bits), int(lanes), header == "SM", products == "DSP")
+        counted = [by_name[name_of(element)][kind] for kind in ("lut", "ff", "dsp", "bram")]
+        assert [int(number) for number in numbers] == [*counted, element.latency]
 
 
 def test_a_difference_in_cells_is_named() -> None:
