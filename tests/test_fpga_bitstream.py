@@ -282,3 +282,12 @@ def test_the_tool_names_what_it_does_not_know(tmp_path):
     done = fpga_runs.run([*TOOL, "build", "-o", str(tmp_path / "x"), "--formats", "Q3_Q"])
     assert done.returncode == 2
     assert "no format 'Q3_Q'; there are F32, F16" in done.stderr
+    done = fpga_runs.run([*TOOL, "source", "-o", str(tmp_path / "x"), "--channels", "3"])
+    assert done.returncode == 2
+    assert "expected 1, 2, 4, 8, 16 or 32 memory channels, got '3'" in done.stderr
+    done = fpga_runs.run([*TOOL, "source", "-o", str(tmp_path / "none" / "x.cl")])
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("error: [Errno 2] No such file or directory")
+    done = fpga_runs.run([*TOOL, "manifest", str(tmp_path / "x"), "--like", __file__])
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "is no manifest of `source`" in done.stderr

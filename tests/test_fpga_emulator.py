@@ -341,6 +341,28 @@ def test_other_runtimes_of_the_process_are_in_the_way():
     )
 
 
+EMULATOR_FIRST = """
+import json
+from polykern.backends.opencl import provider
+from polykern.kernels.errors import BackendUnavailable
+from polykern.kernels.spi import OpenOptions
+
+provider.open(OpenOptions(device="fpga-emu"))
+try:
+    provider.open(OpenOptions(device="intel"))
+except BackendUnavailable as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def test_the_emulator_is_alone_in_its_process():
+    fpga_runs.need_emulator()
+    said = answer(EMULATOR_FIRST)
+    assert said.startswith(
+        "OpenCL runtime 'intel' is not in use here (this process was opened for fpga-emu alone); the"
+    )
+
+
 # --- faults
 
 

@@ -203,6 +203,8 @@ def _why_not(name: str) -> str:
     runtime = next((r for r in runtimes.find(include_oclgrind=True) if r.name == name), None)
     if runtime is None:
         chosen = runtimes.user_choice()
+        if not chosen and runtimes.restricted_to():
+            return f"this process was opened for {runtimes.restricted_to()} alone"
         return f"not in OCL_ICD_VENDORS={chosen}" if chosen else f"install it with: {runtimes.INSTALL[name]}"
     late = "this process used OpenCL before it was asked for" if name == "oclgrind" else "it offers no device"
     return runtimes.diagnose(runtime).problem or late

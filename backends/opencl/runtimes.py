@@ -69,6 +69,11 @@ def restrict(runtime: Runtime) -> None:
     _only[:] = [runtime]
 
 
+def restricted_to() -> str:
+    """The name of the only runtime that this process may have, "" if it may have any."""
+    return _only[0].name if _only else ""
+
+
 def prepare(*, include_oclgrind: bool = False) -> list[Runtime]:
     """Points the loader at every usable runtime and returns them. Call it before the first platform query.
 

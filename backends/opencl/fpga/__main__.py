@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ....kernels.errors import PolykernError
+from ....kernels.errors import PolykernError, UsageError
 from ....kernels.quant import FORMATS
 from . import bitstream, emulator, programs
 from .engine import EMULATED, Engine
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         sub.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
         sub.add_argument("--formats", type=_formats, default=list(FORMATS), metavar="Q4_1,F16", help="default: all")
         sub.add_argument(
-            "--channels", type=int, default=EMULATED.channels, help="memory channels (default: %(default)s)"
+            "--channels", type=_channels, default=EMULATED.channels, help="memory channels (default: %(default)s)"
         )
         sub.set_defaults(run=run)
     sub = commands.add_parser("manifest")
@@ -55,6 +55,12 @@ def _formats(text: str) -> list[str]:
         if name not in FORMATS:
             raise argparse.ArgumentTypeError(f"no format {name!r}; there are {', '.join(FORMATS)}")
     return names
+
+
+def _channels(text: str) -> int:
+    if text not in ("1", "2", "4", "8", "16", "32"):
+        raise argparse.ArgumentTypeError(f"expected 1, 2, 4, 8, 16 or 32 memory channels, got {text!r}")
+    return int(text)
 
 
 def _report(what: str, done: int, total: int) -> None:
@@ -93,9 +99,13 @@ def _source(args: argparse.Namespace) -> int:
 
 
 def _manifest(args: argparse.Namespace) -> int:
-    like: dict[str, Any] = json.loads(args.like.read_text(encoding="utf-8"))
-    about = {**like, "platform": args.platform}
-    print(bitstream.write_manifest(args.file, about, like["formats"], Engine(**like["engine"])))
+    try:
+        like: dict[str, Any] = json.loads(args.like.read_text(encoding="utf-8"))
+        formats, engine = _formats(",".join(like["formats"])), Engine(**like["engine"])
+        about = {"device": like["device"], "driver": like["driver"], "platform": args.platform}
+    except (ValueError, KeyError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UsageError(f"{args.like} is no manifest of `source`: {error}") from error
+    print(bitstream.write_manifest(args.file, about, formats, engine))
     return 0
 
 
