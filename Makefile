@@ -13,7 +13,8 @@ ON_DEVICE := $(if $(DEVICE),--device "$(DEVICE)")
 PEERS ?=
 COMPARE := $(PYTHON) bench/peers/run.py $(if $(PEERS),--python "$(PEERS)")
 
-.PHONY: help check static fmt lint types fast test faults bench kernels support conformance peers gpu cuda-kernels
+.PHONY: help check static fmt lint types fast test rtl faults fpga fpga-emulator gpu cuda-kernels bench kernels support \
+	conformance peers
 
 help:            ## this list
 	@grep -E '^[a-z-]+: .*##|^[a-z-]+:  +##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
@@ -37,10 +38,19 @@ fast:            ## the tests that take seconds
 	$(BIN)pytest -q -m "not slow"
 
 test:            ## all tests, as in the README
-	$(BIN)pytest
+	$(BIN)pytest -n auto
+
+rtl:             ## simulate the FPGA engine's RTL in full, and compare its cell counts (quarter of an hour)
+	$(MAKE) -C hls/rtl sim check-cells
 
 faults:          ## try every planted fault of the OpenCL kernels against the suite (half an hour)
 	POLYKERN_ALL_FAULTS=1 $(BIN)pytest -q tests/test_opencl_faults.py
+
+fpga:            ## every case of the contract on the FPGA emulator, and the default model through it
+	POLYKERN_ALL_FPGA=1 $(BIN)pytest -q tests/test_fpga_emulator.py tests/test_fpga_bitstream.py
+
+fpga-emulator:   ## fetch Intel's FPGA emulator (310 MB) into the cache; else its first use does
+	$(PYTHON) -m polykern.backends.opencl.fpga install
 
 bench:           ## time the default model on BACKEND (and DEVICE); writes bench/results/bench-$(NAME).json
 	@mkdir -p bench/results

@@ -7,7 +7,8 @@ PolykernError                  a named problem: one line, exit status 1
 ├── UnsupportedOp              a backend refused a call that nothing may replace (`--fallback error`)
 ├── DeviceError                the device or its driver failed; carries the vendor's error name
 ├── ModelFormatError           a model file is malformed: path, field and byte offset
-└── ModelError                 a well-formed model that cannot be run: missing tensor, architecture, context
+├── ModelError                 a well-formed model that cannot be run: missing tensor, architecture, context
+└── DoesNotFit                 a model or a design needs more than the named hardware has; the message says by how much
 
 A message names the thing, the number and the way out, on one line. `runtime --debug` adds the traceback.
 """
@@ -58,3 +59,7 @@ class ModelFormatError(PolykernError):
 
 class ModelError(PolykernError):
     """A readable model that this runtime cannot run."""
+
+
+class DoesNotFit(PolykernError):
+    """A model or a design that needs more than the named hardware has."""

@@ -27,7 +27,8 @@ def project() -> dict:
 def source_packages() -> set[str]:
     """Every folder of the three portions that has an __init__.py, by the name it is installed under."""
     folders = {init.parent for portion in PORTIONS for init in (ROOT / portion).rglob("__init__.py")}
-    return {"polykern." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    packages = {"polykern." + ".".join(folder.relative_to(ROOT).parts) for folder in folders}
+    return packages | {"polykern.hls.opencl"}  # data of polykern.backends.opencl.fpga, no Python
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         shutil.copy(ROOT / name, copy)
     for portion in PORTIONS:
         shutil.copytree(ROOT / portion, copy / portion, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "hls" / "opencl", copy / "hls" / "opencl")
     for extra in ("hls", "tests", "bench"):  # other folders of the tree must not slip in
-        (copy / extra).mkdir()
+        (copy / extra).mkdir(exist_ok=True)
         (copy / extra / "__init__.py").touch()
     command = [
         sys.executable,
@@ -75,7 +77,7 @@ def test_every_source_file_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     kinds = ("*.py", "*.cl", "*.cu", "*.h", "py.typed")
     sources = {
         "polykern/" + path.relative_to(ROOT).as_posix()
-        for portion in PORTIONS
+        for portion in (*PORTIONS, "hls/opencl")
         for kind in kinds
         for path in (ROOT / portion).rglob(kind)
     }

@@ -235,14 +235,20 @@ class OpenCLProvider:
         ]
 
     def open(self, options: OpenOptions) -> OpenCLBackend:
+        from . import fpga
         from .device import open_device
 
+        if any(fpga.parse(options.device)):
+            return fpga.open_fpga(options)
         return OpenCLBackend(open_device(options.device, options.threads), options.progress)
 
     def describe(self) -> Mapping[str, Any]:
         from . import cache, runtimes
+        from .fpga import emulator
 
-        report: dict[str, Any] = {"runtimes": runtimes.describe(), "cache": cache.cache_info()}
+        report: dict[str, Any] = {
+            "runtimes": runtimes.describe(), "fpga_emulator": emulator.describe(), "cache": cache.cache_info()
+        }  # fmt: skip
         try:
             report["devices"] = [device.name for device in self.devices()]
         except BackendUnavailable as error:

@@ -35,12 +35,13 @@ _RUNTIME_OF_PLATFORM = {
     "Intel(R) OpenCL": "intel",
     "Portable Computing Language": "pocl",
     "Oclgrind": "oclgrind",
+    "Intel(R) FPGA Emulation Platform for OpenCL(TM)": "fpga-emu",
 }
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """What one OpenCL device says about itself. `runtime` is "intel", "pocl", "oclgrind" or "" for any other."""
+    """What one OpenCL device says about itself. `runtime`: "intel", "pocl", "oclgrind", "fpga-emu" or "" (other)."""
 
     index: int
     runtime: str
@@ -54,6 +55,11 @@ class DeviceInfo:
     compute_units: int
     memory_bytes: int
     extensions: frozenset[str]  # those of EXTENSIONS that the device has
+
+    @property
+    def is_host(self) -> bool:
+        """Whether it is this machine's processor, for which its compiler then generates code."""
+        return self.type == "cpu" or self.runtime == "fpga-emu"
 
     @property
     def label(self) -> str:
@@ -111,6 +117,11 @@ def list_devices(*, include_oclgrind: bool = False) -> list[DeviceInfo]:
     Raises BackendUnavailable, with each runtime's problem and what to install, if there is none.
     """
     return [info for info, _ in _enumerate(include_oclgrind=include_oclgrind)]
+
+
+def is_started() -> bool:
+    """Whether this process has asked for devices: from then on it has the runtimes that it has."""
+    return bool(_enumerated)
 
 
 def choose(spec: str | None, devices: Sequence[DeviceInfo]) -> DeviceInfo:
@@ -192,6 +203,8 @@ def _why_not(name: str) -> str:
     runtime = next((r for r in runtimes.find(include_oclgrind=True) if r.name == name), None)
     if runtime is None:
         chosen = runtimes.user_choice()
+        if not chosen and runtimes.restricted_to():
+            return f"this process was opened for {runtimes.restricted_to()} alone"
         return f"not in OCL_ICD_VENDORS={chosen}" if chosen else f"install it with: {runtimes.INSTALL[name]}"
     late = "this process used OpenCL before it was asked for" if name == "oclgrind" else "it offers no device"
     return runtimes.diagnose(runtime).problem or late

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ...kernels.op import Numerics, Signature
-from ...kernels.spi import BoundCall, DeviceTensor
+from ...kernels.spi import BoundCall, DeviceTensor, Launch
 
 if TYPE_CHECKING:
     from . import OpenCLBackend
@@ -71,7 +71,7 @@ class Enqueue:
 class Launches:
     """Several kernels for one call; `capture` flattens them into one list."""
 
-    parts: tuple[Enqueue, ...]
+    parts: tuple[Launch, ...]
 
     def __call__(self) -> None:
         for part in self.parts:
@@ -90,7 +90,7 @@ class OpKernel:
     op: str
     programs: Callable[[Signature], Sequence[ProgramSpec]]
     numerics: Callable[[Signature], Numerics]
-    bind: Callable[[OpenCLBackend, BoundCall], Sequence[Enqueue]]
+    bind: Callable[[OpenCLBackend, BoundCall], Sequence[Launch]]
 
 
 def place(tensor: DeviceTensor) -> tuple[Any, ...]:

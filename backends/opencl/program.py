@@ -110,7 +110,7 @@ def _fields(info: DeviceInfo, source: str, options: Sequence[str]) -> dict[str, 
         "driver": info.driver,
         "opencl_c": info.opencl_c,
         "pyopencl": cl.VERSION_TEXT,
-        "processor": _processor() if info.type == "cpu" else "",
+        "processor": _processor() if info.is_host else "",
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(prefixes) and k not in neutral},
     }
 

@@ -37,7 +37,7 @@ _OCLGRIND = (
     "/usr/lib/aarch64-linux-gnu/oclgrind/liboclgrind-rt-icd.so",
     "/usr/lib/oclgrind/liboclgrind-rt-icd.so",
 )
-_NAMES = {"libintelocl": "intel", "libpocl": "pocl", "liboclgrind-rt-icd": "oclgrind"}
+_NAMES = {"libintelocl": "intel", "libpocl": "pocl", "liboclgrind-rt-icd": "oclgrind", "libintelocl_emu": "fpga-emu"}
 _PLACEHOLDER = "anaconda1anaconda2anaconda3"  # in the .icd files of Intel's wheels, replaced by conda only
 # Which package brings a library that Intel's runtime was linked against.
 _PACKAGE_OF = {
@@ -61,6 +61,19 @@ class Runtime:
     problem: str = ""
 
 
+_only: list[Runtime] = []  # what `restrict` was given
+
+
+def restrict(runtime: Runtime) -> None:
+    """Makes `runtime` the only one of this process, for those that do not go together with others. Call it first."""
+    _only[:] = [runtime]
+
+
+def restricted_to() -> str:
+    """The name of the only runtime that this process may have, "" if it may have any."""
+    return _only[0].name if _only else ""
+
+
 def prepare(*, include_oclgrind: bool = False) -> list[Runtime]:
     """Points the loader at every usable runtime and returns them. Call it before the first platform query.
 
@@ -81,7 +94,9 @@ def prepare(*, include_oclgrind: bool = False) -> list[Runtime]:
 def find(*, include_oclgrind: bool = False) -> list[Runtime]:
     """Every runtime that is installed or named somewhere, the first of each name; broken ones carry a `problem`."""
     chosen = user_choice()
-    if chosen:
+    if _only and not chosen:
+        candidates = list(_only)
+    elif chosen:
         candidates = _from_icd_path(Path(chosen))
     else:
         candidates = [*_from_pip(), *_from_folder(_SYSTEM_FOLDER)]

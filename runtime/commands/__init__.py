@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from ..output import Output
-from . import backends, bench, compile, conformance, doctor, generate, inspect, perplexity, plan, pull, tokenize
+from . import backends, bench, compile, conformance, doctor, fpga, generate, inspect, perplexity, plan, pull, tokenize
 
 
 class Command(Protocol):
@@ -37,4 +37,5 @@ COMMANDS: Mapping[str, Command] = {
     "conformance": conformance,
     "compile": compile,
     "doctor": doctor,
+    "fpga": fpga,
 }

@@ -80,6 +80,23 @@ def add_model(parser: ArgumentParser) -> None:
     completes_files(action)
 
 
+class _Device(Action):
+    """`--device NAME`, in whatever order with `--bitstream FILE`: together they are the device NAME:FILE."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        file = getattr(namespace, "bitstream", None)
+        namespace.device = f"{values}:{file}" if file else values
+
+
+class _Bitstream(Action):
+    """See `_Device`."""
+
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: Any, option_string: Any = None) -> None:
+        before = getattr(namespace, "bitstream", None)
+        named = (namespace.device or "fpga").removesuffix(f":{before}")
+        namespace.device, namespace.bitstream = f"{named}:{values}", values
+
+
 def add_device(parser: ArgumentParser) -> None:
     """Where to run: shared by everything that opens a backend."""
     group = parser.add_argument_group("device")
@@ -89,8 +106,15 @@ def add_device(parser: ArgumentParser) -> None:
         " (default: $POLYKERN_BACKEND, else auto)",
     )  # fmt: skip
     group.add_argument(
-        "--device", type=name, metavar="NAME", default=os.environ.get("POLYKERN_DEVICE") or None,
+        "--device", type=name, metavar="NAME", default=os.environ.get("POLYKERN_DEVICE") or None, action=_Device,
         help="which device of the backend: its number or part of its name (default: $POLYKERN_DEVICE, else the first)",
+    )  # fmt: skip
+    completes_files(
+        group.add_argument(
+            "--bitstream", type=name, metavar="FILE", action=_Bitstream,
+            help="what an FPGA is loaded with, .aocx or .xclbin, FILE.json beside it; short for --device NAME:FILE"
+            " (NAME: fpga unless --device says otherwise)",
+        )
     )  # fmt: skip
     group.add_argument("--threads", type=whole(1, 4096), metavar="N", help="threads of a CPU device (default: all)")
 
