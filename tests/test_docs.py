@@ -34,7 +34,7 @@ def test_quickstart_is_two_commands() -> None:
         (line,) = block.splitlines()
         assert line.startswith("python3 -m venv .venv && .venv/bin/pip install ")
     assert '.venv/bin/runtime --backend opencl "' in blocks[0]
-    assert blocks[1].rstrip().endswith(".venv/bin/pytest")
+    assert blocks[1].rstrip().endswith(".venv/bin/pytest -n auto")
 
 
 @pytest.mark.skipif(shutil.which("awk") is None or shutil.which("bash") is None, reason="needs bash and awk")
