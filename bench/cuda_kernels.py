@@ -4,8 +4,8 @@
                                             backends/cuda/README.md
     python bench/cuda_kernels.py --check    says whether table and budget hold for today's sources; compiles nothing
 
-The kernels are those that an 8B model needs, whichever of several candidates the GPU will find faster: decode steps in
-every weight format and both precisions, prompts and batches in the formats models come in.
+The kernels are those that an 8B model needs in every weight format and both precisions, in decode steps, batches and
+prompts, whichever of several candidates the GPU will find faster.
 """
 
 from __future__ import annotations
@@ -41,24 +41,20 @@ BEGIN, END = "<!-- compiled kernels: bench/cuda_kernels.py -->", "<!-- end of co
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 CONTEXT = 4096
 BATCHES = (8, 32)
-WHOLE = ("Q4_0", "Q8_0", "Q4_K", "Q6_K", "BF16")  # the formats models come in: prompts and batches as well
 # Bytes of local memory for a thread: what a decode kernel may spill, and any other.
 DECODE_BUDGET, BUDGET = 0, 256
 
 Row = Mapping[str, Any]
 
 
-def programs(config: ModelConfig, is_whole: bool) -> Iterator[Program]:
-    """Decode steps in both precisions; and if `is_whole`, of batches, and prompts."""
-    common = {"ctx": CONTEXT, "page_size": 32}
+def programs(config: ModelConfig) -> Iterator[Program]:
+    """Decode steps, of one sequence and of batches, and prompts, in both precisions."""
     for precision in PRECISIONS:
-        for bucket in (DECODE, DECODE_SAMPLING):
-            yield build_program(config, **bucket._asdict(), **common, precision=precision)
-    if is_whole:
+        common: dict[str, Any] = {"ctx": CONTEXT, "page_size": 32, "precision": precision}
+        for bucket in (DECODE, DECODE_SAMPLING, *map(prefill, PREFILL_CHUNKS)):
+            yield build_program(config, **bucket._asdict(), **common)
         for batch in BATCHES:
             yield build_program(config, tokens=batch, sequences=batch, **common)
-        for tokens in PREFILL_CHUNKS:
-            yield build_program(config, **prefill(tokens)._asdict(), **common)
 
 
 def signatures() -> dict[str, tuple[str, Signature]]:
@@ -67,7 +63,7 @@ def signatures() -> dict[str, tuple[str, Signature]]:
     found: dict[str, tuple[str, Signature]] = {}
     for fmt in FORMATS:
         config = replace(MODELS["8B"], format=fmt, head_format=fmt).config(CONTEXT)
-        for program in programs(config, fmt in WHOLE):
+        for program in programs(config):
             stage = "decode" if program.name.startswith("decode") else "prefill"
             for leaf in plan(program, generator, "allow").leaves():
                 found.setdefault(f"{stage} {leaf.signature}", (stage, leaf.signature))
@@ -96,8 +92,7 @@ def compile_all(targets: Sequence[str] = TARGETS) -> list[dict[str, Any]]:
             )
         compiler.close()
         for (spec, (op, stage)), binary in zip(wanted.items(), binaries, strict=True):
-            row = {"target": name, "op": op, "stage": stage, "file": spec.file, "function": spec.function}
-            row |= {"constants": dict(spec.constants), "warps": spec.warps, "stages": spec.stages, **binary.about}
+            row = {"target": name, "op": op, "stage": stage, **described(spec), **binary.about}
             rows.append(row | {"code_bytes": len(binary.code)})
     return rows
 
@@ -117,6 +112,22 @@ def problems(document: Mapping[str, Any]) -> list[str]:
         if shared > most:
             found.append(f"{row['target']}: {label(row)} takes {shared} bytes of shared memory, there are {most}")
     return found
+
+
+def key(row: Row) -> str:
+    """What tells the kernels of a target apart."""
+    return json.dumps([row[name] for name in ("file", "function", "params", "constants", "warps", "stages")])
+
+
+def key_of(spec: KernelSpec) -> str:
+    return key(json.loads(json.dumps(described(spec))))
+
+
+def described(spec: KernelSpec) -> dict[str, Any]:
+    return {
+        "file": spec.file, "function": spec.function, "params": [kind for _, kind in spec.params],
+        "constants": dict(spec.constants), "warps": spec.warps, "stages": spec.stages,
+    }  # fmt: skip
 
 
 def label(row: Row) -> str:

@@ -114,7 +114,8 @@ def test_own_providers_keep_the_protocol(name: str) -> None:
     [
         (
             "opncl",
-            "unknown backend 'opncl'; did you mean 'opencl'? known: auto, cuda, null, opencl, opencl-tvm, reference, tvm",
+            "unknown backend 'opncl'; did you mean 'opencl'? known: auto, cuda, null, opencl, opencl-tvm, reference,"
+            " tvm",
         ),
         (
             "referense",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from statistics import median
 from typing import Any
@@ -275,7 +275,7 @@ class GpuDevice:
         self._pool.free_all_blocks()
 
     @contextmanager
-    def _errors(self, what: str) -> Iterator[None]:
+    def _errors(self, what: str) -> Generator[None]:
         """Whatever the driver says, as one line."""
         try:
             yield

@@ -55,10 +55,11 @@ def _first_error(log: str) -> str:
 @cache
 def _nvrtc() -> Any:
     try:
-        from cupy.cuda import nvrtc
+        from cupy.cuda import nvrtc as found
     except ImportError as error:
         raise BackendUnavailable(f"CuPy is not installed ({error}): pip install 'polykern[cuda]'") from error
     _preload()
+    nvrtc: Any = found
     try:
         nvrtc.getVersion()
     except Exception as error:  # CuPy's loader raises classes of its own

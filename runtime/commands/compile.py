@@ -53,7 +53,7 @@ def run(args: Namespace, out: Output) -> int:
     from ..settings import Settings
 
     is_binary = aot.is_architecture(args.target)
-    target = aot.parse(args.target) if is_binary else targets.parse(args.target)
+    target: Any = aot.parse(args.target) if is_binary else targets.parse(args.target)
     with ProgressBars() as progress, Folder(Path(args.output), args.force) as folder:
         path = resolve(args.model, progress)
         with GGUFFile.open(path) as gguf:

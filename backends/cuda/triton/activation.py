@@ -1,6 +1,5 @@
 """tanh, and the activations of kernels/glu.py, for tiles of float32."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -9,7 +9,6 @@ the second number loses is 2**-38 of the largest: less than adding up loses, unl
 2**18 or the values of heavy keys are 2**-19 of the others'.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -1,6 +1,5 @@
 """What becomes of the sums of a product, and how sums of parts of K are put together."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -4,7 +4,6 @@ The product is computed as w x^T: tiles of w are the left operand, of 64 rows an
 them, and the rows of x, which may be few, are the right one.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 

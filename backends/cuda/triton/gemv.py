@@ -6,7 +6,6 @@ and x have one layout, so nothing goes between threads until the end. REPEAT til
 under way, and multiply the same x.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -1,6 +1,5 @@
 """What the arithmetic units of a GPU do at best: the same numbers multiplied again and again."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -1,6 +1,5 @@
 """add, softcap, glu, gather, advance. A program does a tile of rows and columns."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -1,7 +1,6 @@
 """Sums and extremes along an axis. `tl.sum` and its like cannot be called here (see __init__.py); what they hand to
 `tl.reduce` can, and the interpreter knows these functions by name and has NumPy do the work."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -1,6 +1,5 @@
 """rms_norm. A program does a tile of rows; rows longer than the tile are read twice, the second time from a cache."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

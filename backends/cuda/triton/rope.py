@@ -4,7 +4,6 @@ What holds for a whole token is a number (of pairs, of heads) that is 0 where it
 masks of a scalar condition.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 

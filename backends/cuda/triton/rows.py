@@ -1,6 +1,5 @@
 """embedding and dequantize: rows of a packed weight as floats."""
 
-# pyright: basic
 import triton
 import triton.language as tl
 

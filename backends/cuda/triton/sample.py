@@ -4,7 +4,6 @@ A row of logits is cut into parts of `part_columns` tokens, a program each; what
 [rows, PARTS], and the next kernel puts it together, each of its programs for itself.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 

@@ -4,7 +4,6 @@ Columns of a block of 32 come in two halves of 16, `lo` and `hi`, as they lie in
 read in the same two halves, so that one kernel serves all formats.
 """
 
-# pyright: basic
 import triton
 import triton.language as tl
 
