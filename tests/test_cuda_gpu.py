@@ -5,16 +5,19 @@ from __future__ import annotations
 import inspect
 import sys
 from ctypes.util import find_library
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cupy_stand_in import StandIn, StandInCompiler
-from polykern.backends.cuda import gpu, provider
+from polykern.backends.cuda import gpu, provider, tuning
+from polykern.backends.cuda.interpreter import HostBuffer, InterpretedDevice
+from polykern.backends.cuda.launch import Launch, Pointer, launch
 from polykern.kernels.errors import BackendUnavailable, DeviceError
 from polykern.kernels.op import TensorType
 from polykern.kernels.quant import Weight
-from polykern.kernels.spi import BoundCall, DeviceTensor, OpenOptions
+from polykern.kernels.spi import BoundCall, DeviceInfo, DeviceTensor, OpenOptions
 
 pytest.importorskip("triton", reason="needs Triton's interpreter: pip install 'polykern[cuda]'")
 
@@ -141,3 +144,52 @@ def test_the_stand_in_has_cupys_names() -> None:
     for name in ("memsetAsync", "getDeviceCount"):
         assert hasattr(cupy.cuda.runtime, name)
     assert hasattr(cupy.cuda, "get_elapsed_time")
+
+
+class Timed(InterpretedDevice):
+    """Hardware on which the kernel with most warps is the fastest; copies are counted."""
+
+    def __init__(self) -> None:
+        self.timed: list[int] = []
+        self._bound: list[Launch] = []
+        self.copies = 0
+
+    def copy(self, buffer: Any) -> Any:
+        self.copies += 1
+        return HostBuffer(buffer.nbytes)
+
+    def bind(self, launch: Launch) -> Any:
+        self._bound.append(launch)
+        return lambda: None
+
+    def time(self, run: Any, repeats: int = 5) -> float:
+        self.timed.append(self._bound[-1].spec.warps)
+        return 1.0 / self.timed[-1]
+
+
+def test_the_fastest_kernel_is_found_once_and_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path))
+    buffer = HostBuffer(64)
+    ways = [
+        [
+            launch(
+                "rows",
+                "rows_of_weight",
+                (1,),
+                {"x": Pointer(buffer, 0, "fp32"), "y": Pointer(buffer, 16, "fp32")},
+                warps=n,
+            )
+        ]
+        for n in (1, 8, 4)
+    ]
+    hardware, info = Timed(), DeviceInfo("GPU A", "", "CUDA 12.9")
+    assert tuning.fastest(hardware, info, ("gemm", 5, 123), ways) is ways[1]
+    assert hardware.timed == [1, 8, 4]
+    assert hardware.copies == 3  # of the one buffer, for each way: what a launch writes is not what the call has
+    assert tuning.fastest(hardware, info, ("gemm", 5, 123), ways) is ways[1]
+    assert hardware.timed == [1, 8, 4]
+    for other in (DeviceInfo("GPU B", "", "CUDA 12.9"), DeviceInfo("GPU A", "", "CUDA 13.0")):
+        tuning.fastest(hardware, other, ("gemm", 5, 123), ways)
+    tuning.fastest(hardware, info, ("gemm", 5, 124), ways)
+    tuning.fastest(hardware, info, ("gemm", 5, 123), ways[:2])
+    assert hardware.timed == [1, 8, 4] * 4 + [1, 8]

@@ -176,6 +176,7 @@ class CudaProvider:
         except BackendUnavailable as error:
             report["devices"] = str(error)
         report |= {"cache": compiler.CACHE.info(), "choices": tuning.CACHE.info(), "ahead_of_time": aot.describe()}
+        report["cache_key"] = {"sources": compiler.sources()[:16], "format": compiler.FORMAT, **compiler.compilers()}
         for name in ("triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "torch"):
             try:
                 report[name] = metadata.version(name)
