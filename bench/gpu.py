@@ -16,6 +16,7 @@ be missing, and are then named in `left_out`. A part that fails says why in its 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
 import shutil
@@ -49,6 +50,9 @@ from polykern.runtime.step import Executable
 
 RESULTS = Path(__file__).resolve().parent / "results"
 MODELS = {"1b": "llama-3.2-1b", "8b": "llama-3.1-8b", "tiny": "tiny"}
+# memcheck and racecheck decide; initcheck counts padding that kernels read and mask as errors, and is only kept.
+CHECKS, INFORMATIVE = ("memcheck", "racecheck", "initcheck"), ("initcheck",)
+CONFORMANCE_S, SANITIZER_S = 3600, 900  # limits, so that a device that hangs does not keep the rest of the run
 SANITIZED = ("gemm", "attention", "rope_kv_append", "sample")
 CONTEXT = 1024  # tokens the KV cache of a step holds; steps begin in its middle
 KEYS = 8192  # of the attention kernels
@@ -75,7 +79,8 @@ def runtime(backend: str, device: str | None, *more: str) -> list[str]:
 
 
 def conformance(backend: str, device: str | None) -> dict[str, Any]:
-    found = subprocess.run(runtime(backend, device, "--json"), check=False, capture_output=True, text=True)
+    command = runtime(backend, device, "--json")
+    found = subprocess.run(command, check=False, capture_output=True, text=True, timeout=CONFORMANCE_S)
     if not found.stdout:
         return {"problem": found.stderr.strip().splitlines()[-1:]}
     document = json.loads(found.stdout)
@@ -89,7 +94,7 @@ def sanitizer(backend: str, device: str | None) -> dict[str, Any]:
         return {"left_out": "compute-sanitizer is not installed"}
     ops = [part for op in SANITIZED for part in ("--op", op)]
     found: dict[str, Any] = {}
-    for check in ("memcheck", "racecheck", "initcheck"):
+    for check in CHECKS:
         command = [
             tool,
             "--tool",
@@ -98,10 +103,23 @@ def sanitizer(backend: str, device: str | None) -> dict[str, Any]:
             "9",
             *runtime(backend, device, "--profile", "small", *ops),
         ]
-        run = subprocess.run(command, check=False, capture_output=True, text=True)
+        try:
+            run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=SANITIZER_S)
+        except subprocess.TimeoutExpired:
+            found[check] = {"ok": False, "problem": f"did not end within {SANITIZER_S} s"}
+            continue
         errors = [line for line in run.stdout.splitlines() if line.startswith("=========") and "rror" in line]
-        found[check] = {"rc": run.returncode, "said": errors[:20]}
+        found[check] = {"ok": run.returncode == 0, "rc": run.returncode, "said": errors[:20]}
     return found
+
+
+def is_sound(document: Mapping[str, Any], is_skipped: bool) -> bool:
+    """Whether conformance passed, and the sanitizer, if it ran, reported nothing that counts."""
+    if is_skipped:
+        return True
+    checks = document["sanitizer"].items()
+    failed = [name for name, found in checks if name in CHECKS and name not in INFORMATIVE and not found["ok"]]
+    return bool(document["conformance"].get("ok")) and not failed and "problem" not in document["sanitizer"]
 
 
 # 2. Kernels
@@ -186,24 +204,41 @@ def torch_kernel(torch: Any, case: BenchCase) -> float:
         tokens, heads, head_dim = kinds["q"].shape
         kv_heads = kinds["k_pages"].shape[1]
         q = random(sequences, heads, tokens // sequences, head_dim, dtype=torch.float16)
-        k, v = (random(sequences, kv_heads, keys, head_dim, dtype=torch.float16) for _ in range(2))
-        mask = None
-        if tokens > sequences:
-            mask = torch.ones(tokens, keys, dtype=torch.bool, device="cuda").tril(keys - tokens)
+        each = 2 * 2 * sequences * kv_heads * keys * head_dim  # bytes
+        caches = [
+            [random(sequences, kv_heads, keys, head_dim, dtype=torch.float16) for _ in range(2)]
+            for _ in range(max(1, min(64, (512 << 20) // each)))
+        ]
+        # The queries are the last tokens. As a bias, not as a matrix, which would rule out flash attention.
+        from torch.nn.attention.bias import causal_lower_right
+
+        causal = causal_lower_right(tokens, keys) if tokens > sequences else None
         attend = functional.scaled_dot_product_attention
-        runs = [lambda: attend(q, k, v, attn_mask=mask, enable_gqa=True)]
-    for run in runs:
-        run()
+        runs = [lambda k=k, v=v: attend(q, k, v, attn_mask=causal, enable_gqa=True) for k, v in caches]
+    return timed(torch, runs) / len(runs)
+
+
+def timed(torch: Any, runs: Sequence[Callable[[], Any]], repeats: int = 5) -> float:
+    """Seconds for all `runs`, one after the other, from a CUDA graph: torch's time on the GPU, not the host's."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side), torch.no_grad():
+        for _ in range(3):
+            for run in runs:
+                run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), torch.no_grad():
+        for run in runs:
+            run()
     times: list[float] = []
-    repeats = max(1, 20 // len(runs))
     for _ in range(ROUNDS):
         torch.cuda.synchronize()
         started = time.perf_counter()
         for _ in range(repeats):
-            for run in runs:
-                run()
+            graph.replay()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - started) / (repeats * len(runs)))
+        times.append((time.perf_counter() - started) / repeats)
     return median(times)
 
 
@@ -270,6 +305,11 @@ def state(name: str, shape: tuple[int, ...], dtype: str, start: int, rng: np.ran
 
 def torch_step(torch: Any, model: Model, batch: int) -> dict[str, Any]:
     """The same step in torch: bfloat16 weights, SDPA over a contiguous cache, compiled and in a CUDA graph."""
+    import torch._dynamo
+
+    torch._dynamo.reset()  # graphs of the steps before, with their memory
+    gc.collect()
+    torch.cuda.empty_cache()
     functional, s = torch.nn.functional, model.shape
     head_dim, kv = model.head_dim, s.kv_heads * model.head_dim
 
@@ -285,6 +325,10 @@ def torch_step(torch: Any, model: Model, batch: int) -> dict[str, Any]:
     table, head = random(s.vocab, s.d_model), random(s.vocab, s.d_model)
     ones = torch.ones(s.d_model, device="cuda", dtype=torch.bfloat16)
 
+    # Else a replay begins with a copy of each into memory of the graph's own: all weights, once more.
+    for tensor in (table, head, ones, *(x for layer in layers for x in layer)):
+        torch._dynamo.mark_static_address(tensor)
+
     def forward(ids: Any) -> Any:
         x = functional.embedding(ids, table)
         for qkv, out, gate_up, down, k, v in layers:
@@ -296,7 +340,7 @@ def torch_step(torch: Any, model: Model, batch: int) -> dict[str, Any]:
             x = x + functional.linear(functional.silu(gate) * up, down)
         return functional.linear(functional.rms_norm(x, (s.d_model,), ones), head).argmax(-1)
 
-    compiled = torch.compile(forward, mode="reduce-overhead")
+    compiled = torch.compile(forward, mode="reduce-overhead", dynamic=False)
     ids = torch.arange(batch, device="cuda")
     with torch.no_grad():
         for _ in range(4):
@@ -406,7 +450,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     save()
     show(document)
     say(str(output))
-    return 0 if document.get("conformance", {}).get("ok", True) else 1
+    return 0 if is_sound(document, args.skip_conformance) else 1
 
 
 def show(document: Mapping[str, Any]) -> None:

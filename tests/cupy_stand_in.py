@@ -71,6 +71,7 @@ class StandIn:
         self.free, self.fail, self.launched = free, "", list[str]()
         self.streams: list[Stream] = []
         self._functions: list[KernelSpec] = []
+        self.shared_limits: dict[int, int] = {}  # bytes of dynamic shared memory that a function may ask for
         properties = {
             "name": b"Stand-in GPU", "major": capability[0], "minor": capability[1], "multiProcessorCount": 4,
             "sharedMemPerBlockOptin": 227 << 10, "totalGlobalMem": free,
@@ -83,7 +84,7 @@ class StandIn:
             memory=SimpleNamespace(OutOfMemoryError=OutOfMemoryError),
             function=SimpleNamespace(Module=lambda: _Module(self)),
             driver=SimpleNamespace(
-                CUDADriverError=CUDADriverError, launchKernel=self._launch, funcSetAttribute=lambda *a: None
+                CUDADriverError=CUDADriverError, launchKernel=self._launch, funcSetAttribute=self._set_attribute
             ),
             runtime=SimpleNamespace(
                 CUDARuntimeError=CUDARuntimeError,
@@ -115,11 +116,19 @@ class StandIn:
         self._functions.append(pickle.loads(code))  # noqa: S301 - our own
         return len(self._functions)
 
+    def _set_attribute(self, function: int, attribute: int, value: int) -> None:
+        assert attribute == 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        if value > self.cuda.runtime.getDeviceProperties(0)["sharedMemPerBlockOptin"]:
+            raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
+        self.shared_limits[function] = value
+
     def _launch(
         self, function: int, x: int, y: int, z: int, threads: int, _y: int, _z: int, shared: int, stream: int,
         parameters: int, extra: int,
     ) -> None:  # fmt: skip
         self._may_fail()
+        if shared > self.shared_limits.get(function, 48 << 10):
+            raise CUDADriverError("CUDA_ERROR_INVALID_VALUE: invalid argument")
         spec = self._functions[function - 1]
         assert threads == 32 * spec.warps
         assert extra == 0

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from polykern.backends.cuda import aot, compiler
+from polykern.backends.cuda import aot, compiler, op_kernels
 from polykern.backends.cuda.compiler import Compiler
-from polykern.backends.cuda.launch import KernelSpec, Sketch, Target, sketch_of
+from polykern.backends.cuda.launch import KernelSpec, Launch, Sketch, Target, sketch_of
 from polykern.backends.cuda.rows import KERNELS
 from polykern.kernels.errors import DeviceError
 from polykern.kernels.op import Signature, TensorType
+from polykern.kernels.ops import OPS
 from polykern.runtime.cli import main
 
 pytest.importorskip("triton", reason="needs the compiler: pip install 'polykern[cuda]'")
@@ -38,7 +39,8 @@ def no_compiler(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, whoever asks for a compiler finds none."""
 
     def remove() -> None:
-        monkeypatch.setattr(compiler, "compilers", dict)
+        for module in (compiler, aot):
+            monkeypatch.setattr(module, "compilers", dict)
 
     return remove
 
@@ -98,6 +100,40 @@ def test_a_folder_that_does_not_fit_is_not_used_and_says_why(
     monkeypatch.setenv(aot.VARIABLE, str(tmp_path / "nowhere"))
     with pytest.warns(RuntimeWarning, match=r"are not used: FileNotFoundError"):
         assert aot.find(spec, aot.parse("cuda:90")) is None
+
+
+def test_a_folder_serves_every_part_of_its_architecture(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_compiler: Callable[[], None]
+) -> None:
+    """How many multiprocessors there are decides which kernels a call takes."""
+    signature = attention_signature()
+    wanted = {x.spec for part in aot.parts(aot.parse("cuda:90")) for x in launches(signature, part)}
+    assert wanted > {x.spec for x in launches(signature, aot.parse("cuda:90"))}
+    assert {x.spec for x in aot.Generator(aot.parse("cuda:90")).launches(signature)} == wanted
+
+    manifest = ahead(model, tmp_path / "kernels")
+    assert manifest["multiprocessors"] == [132, 114, 78]
+    monkeypatch.setenv(aot.VARIABLE, str(tmp_path / "kernels"))
+    card = replace(aot.parse("cuda:90"), multiprocessors=131)
+    assert aot.fitting(card) == card  # which a compiler serves
+    no_compiler()
+    for there, planned in ((132, 132), (144, 132), (131, 114), (100, 78), (16, 78)):
+        card = replace(aot.parse("cuda:90"), multiprocessors=there)
+        assert aot.fitting(card) == replace(card, multiprocessors=planned)
+
+
+def attention_signature() -> Signature:
+    cache = TensorType((128, 8, 32, 128), "f16")
+    rows, ids = TensorType((1, 32, 128), "f32"), TensorType((1,), "i32")
+    kinds = {
+        "q": rows, "k_pages": cache, "v_pages": cache, "block_table": TensorType((1, 128), "i32"), "seq_ids": ids,
+        "positions": ids, "y": rows,
+    }  # fmt: skip
+    return OPS["attention"].signature(kinds, {})
+
+
+def launches(signature: Signature, target: Target) -> Sequence[Launch]:
+    return op_kernels()[signature.op].bind(Sketch(target, every=True), sketch_of(signature))
 
 
 def test_unknown_architectures_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

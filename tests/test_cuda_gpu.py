@@ -14,7 +14,7 @@ from cupy_stand_in import StandIn, StandInCompiler
 from polykern.backends.cuda import gpu, provider, tuning
 from polykern.backends.cuda.interpreter import HostBuffer, InterpretedDevice
 from polykern.backends.cuda.launch import Launch, Pointer, launch
-from polykern.kernels.errors import BackendUnavailable, DeviceError
+from polykern.kernels.errors import BackendUnavailable, DeviceError, DoesNotFit
 from polykern.kernels.op import TensorType
 from polykern.kernels.quant import Weight
 from polykern.kernels.spi import BoundCall, DeviceInfo, DeviceTensor, OpenOptions
@@ -102,7 +102,7 @@ def test_out_of_memory_says_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = provider.open(OpenOptions())
     backend.alloc(TensorType((250,), "f32"))
     with pytest.raises(
-        DeviceError,
+        DoesNotFit,
         match=r"^Stand-in GPU is out of memory: f32\[5\] needs 20 bytes, 0 of 1000 are free; take a smaller --ctx or",
     ):
         backend.alloc(TensorType((5,), "f32"))
@@ -119,6 +119,33 @@ def test_a_lost_gpu_says_so(stand_in: StandIn) -> None:
     stand_in.fail = "CUDA_ERROR_INVALID_VALUE: invalid argument"
     with pytest.raises(DeviceError, match=r"CUDA_ERROR_INVALID_VALUE: invalid argument$"):
         backend.write(buffer, np.ones(5, np.float32))
+
+
+def test_a_launch_that_fails_is_one_line(stand_in: StandIn) -> None:
+    backend = provider.open(OpenOptions())
+    run, _, _ = embedding(backend, np.array([5], np.int32), np.ones((7, 40), np.float32))
+    stand_in.fail = "CUDA_ERROR_ECC_UNCORRECTABLE: uncorrectable ECC error encountered"
+    with pytest.raises(DeviceError, match=r"^Stand-in GPU: running rows_of_weight.*: CUDA_ERROR_ECC.*the GPU is lost"):
+        run()
+
+
+def test_a_kernels_shared_memory_only_grows(stand_in: StandIn) -> None:
+    """Its limit belongs to the function, which a large and a small launch share."""
+    _, hardware = gpu.open_device(None)
+    x, y = (Pointer(hardware.alloc(4096, "x"), 0, "fp32") for _ in range(2))
+
+    def one(shared: int) -> Launch:
+        arguments = {"x": x, "x_stride": 64, "y": y, "y_stride": 64, "rows": 5, "columns": 7}
+        return launch("pointwise", "add", (1, 1), arguments, {"BLOCK_R": 8, "BLOCK_C": 8}, shared=shared)
+
+    hardware.load([one(0)])
+    runs = [hardware.bind(one(shared)) for shared in (48 << 10, 100 << 10, 60 << 10, (48 << 10) + 1)]
+    assert list(stand_in.shared_limits.values()) == [100 << 10]
+    for run in runs:
+        run()
+    assert stand_in.launched == ["add"] * 4
+    with pytest.raises(DeviceError, match=r"asking for 300000 bytes of shared memory for add.*INVALID_VALUE"):
+        hardware.bind(one(300_000))
 
 
 def test_without_a_driver_the_reason_is_precise() -> None:
@@ -152,10 +179,12 @@ class Timed(InterpretedDevice):
     def __init__(self) -> None:
         self.timed: list[int] = []
         self._bound: list[Launch] = []
-        self.copies = 0
+        self.copies, self.room = 0, 100
 
     def copy(self, buffer: Any) -> Any:
         self.copies += 1
+        if self.copies > self.room:
+            raise DoesNotFit("the GPU is full")
         return HostBuffer(buffer.nbytes)
 
     def bind(self, launch: Launch) -> Any:
@@ -193,3 +222,14 @@ def test_the_fastest_kernel_is_found_once_and_remembered(tmp_path: Path, monkeyp
     tuning.fastest(hardware, info, ("gemm", 5, 124), ways)
     tuning.fastest(hardware, info, ("gemm", 5, 123), ways[:2])
     assert hardware.timed == [1, 8, 4] * 4 + [1, 8]
+
+
+def test_a_full_gpu_times_nothing_and_remembers_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("POLYKERN_CACHE_DIR", str(tmp_path))
+    buffer, hardware, info = HostBuffer(64), Timed(), DeviceInfo("GPU A", "", "CUDA 12.9")
+    x = {"x": Pointer(buffer, 0, "fp32"), "y": Pointer(buffer, 16, "fp32")}
+    ways = [[launch("rows", "rows_of_weight", (1,), x, warps=n)] for n in (1, 8)]
+    hardware.room = 1
+    assert tuning.fastest(hardware, info, ("gemm", 1), ways) is ways[0]
+    hardware.room = 100
+    assert tuning.fastest(hardware, info, ("gemm", 1), ways) is ways[1]

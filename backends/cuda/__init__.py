@@ -25,6 +25,7 @@ from . import formats
 from .launch import Captured, Launch, OpKernel, PackedWeight, Sketch, Target, sketch_of
 
 LONGEST_AXIS = 2**31 - 64  # kernels count in int32, in steps of up to a tile
+MOST_PROGRAMS = 65535  # on y and z (CUDA C++ Programming Guide 12.9, table 27)
 INTERPRET = "interpret"
 
 
@@ -52,6 +53,12 @@ def supports(target: Target, signature: Signature) -> Kernel | Unsupported:
     if too_long:
         return too_long
     launches = kernel.bind(Sketch(target), sketch_of(signature))
+    for launch in launches:
+        if max(launch.grid[1:], default=1) > MOST_PROGRAMS and not target.is_interpreted:
+            grid = " x ".join(map(str, launch.grid))
+            return Unsupported(
+                signature.op, f"its grid of {grid} programs is too large: {MOST_PROGRAMS} on all axes but the first"
+            )
     return Kernel(f"cuda.{launches[0].spec.label}", kernel.numerics(target, signature))
 
 
@@ -177,7 +184,7 @@ class CudaProvider:
             report["devices"] = str(error)
         report |= {"cache": compiler.CACHE.info(), "choices": tuning.CACHE.info(), "ahead_of_time": aot.describe()}
         report["cache_key"] = {"sources": compiler.sources()[:16], "format": compiler.FORMAT, **compiler.compilers()}
-        for name in ("triton", "cupy-cuda12x", "cupy-cuda13x", "nvidia-cuda-nvrtc-cu12", "torch"):
+        for name in ("triton", "cupy-cuda12x", "cupy-cuda13x", *compiler.PACKAGES[1:], "torch"):
             try:
                 report[name] = metadata.version(name)
             except metadata.PackageNotFoundError:

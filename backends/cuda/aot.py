@@ -1,7 +1,7 @@
 """Kernels compiled ahead of time: a folder of binaries with a manifest, written by `runtime compile --target cuda:90`.
 
-    manifest.json           target, sources (hash), compilers, model; for each kernel its op, file, spec, and what a
-                            launch needs to know (compiler.Binary)
+    manifest.json           target, multiprocessors of the parts it is for, sources (hash), compilers, model; for each
+                            kernel its op, file, spec, and what a launch needs to know (compiler.Binary)
     FUNCTION.HASH.cubin     code (AMD: .hsaco)
 
 `$POLYKERN_CUDA_KERNELS` names such a folder: a machine with a driver and no compiler runs from it. A folder made from
@@ -15,7 +15,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,12 +28,15 @@ from .launch import KernelSpec, Launch, Sketch, Target, sketch_of
 
 VARIABLE = "POLYKERN_CUDA_KERNELS"
 MANIFEST = "manifest.json"
-# Architecture -> multiprocessors of its largest part, and bytes of shared memory for a block (CUDA C++ Programming
-# Guide 12.9, table 27 "Technical Specifications per Compute Capability"; AMD Instinct MI300 ISA guide, section 2).
-# Grids are planned anew on the GPU; only the choice among kernels is made for these.
-CUDA = {"75": (72, 64), "80": (108, 163), "86": (84, 99), "87": (16, 163), "89": (144, 99), "90": (132, 227),
-        "100": (148, 227), "103": (160, 227), "120": (188, 99)}  # fmt: skip
-HIP = {"gfx942": (304, 64)}
+# Architecture -> multiprocessors of its parts, the largest first, and KiB of shared memory for a block (CUDA C++
+# Programming Guide 12.9, table 27 "Technical Specifications per Compute Capability"; AMD Instinct MI300 ISA guide,
+# section 2; parts: NVIDIA's white papers and data sheets of RTX 8000, T4, A100, A30, A40, A10, L40, RTX 4090, L4, H100
+# SXM and PCIe, H20, B200, RTX PRO 6000, RTX 5090). Grids are planned anew on the GPU, but how a call is cut decides
+# which kernels it takes, and that depends on how many units want work.
+CUDA = {"75": ((72, 40), 64), "80": ((108, 56), 163), "86": ((84, 72), 99), "87": ((16, 8), 163),
+        "89": ((142, 128, 58), 99), "90": ((132, 114, 78), 227), "100": ((148,), 227), "103": ((160, 148), 227),
+        "120": ((188, 170), 99)}  # fmt: skip
+HIP = {"gfx942": ((304,), 64)}
 
 
 def where() -> str:
@@ -47,6 +50,16 @@ def find(spec: KernelSpec, target: Target) -> Binary | None:
     if not path:
         return None
     return _binaries(path, target.name).get(spec)
+
+
+def fitting(target: Target) -> Target:
+    """The GPU `target` as kernels should be planned for it: with no compiler, as the part of its architecture that the
+    folder was compiled for and that it comes closest to from above."""
+    path = os.environ.get(VARIABLE)
+    if not path or compilers() or not _binaries(path, target.name):
+        return target
+    counts = _manifest(Path(path).expanduser())["multiprocessors"]
+    return replace(target, multiprocessors=max((n for n in counts if n <= target.multiprocessors), default=min(counts)))
 
 
 def describe() -> dict[str, Any]:
@@ -79,7 +92,13 @@ def parse(text: str) -> Target:
         close = ", ".join(f"{kind}:{name}" for name in known)
         raise UsageError(f"--target {text}: no such architecture; known: {close}")
     multiprocessors, shared = known[arch]
-    return Target(kind, arch, multiprocessors, shared << 10)
+    return Target(kind, arch, multiprocessors[0], shared << 10)
+
+
+def parts(target: Target) -> list[Target]:
+    """`target` as each part of its architecture."""
+    counts, _ = {"cuda": CUDA, "hip": HIP}[target.kind][target.arch]
+    return [replace(target, multiprocessors=n) for n in counts]
 
 
 @dataclass(frozen=True)
@@ -95,10 +114,11 @@ class Generator:
         return supports(self.target, signature)
 
     def launches(self, signature: Signature) -> list[Launch]:
-        """Everything that a call of this signature may launch, whichever way is chosen on the GPU."""
+        """Everything that a call of this signature may launch on any part, whichever way is chosen there."""
         from . import op_kernels
 
-        return list(op_kernels()[signature.op].bind(Sketch(self.target, every=True), sketch_of(signature)))
+        kernel, call = op_kernels()[signature.op], sketch_of(signature)
+        return [x for part in parts(self.target) for x in kernel.bind(Sketch(part, every=True), call)]
 
 
 def generate(
@@ -124,8 +144,9 @@ def generate(
         files[name] = binary.code
         digest = hashlib.sha256(binary.code).hexdigest()
         rows.append({"op": ops[spec], "file": name, "sha256": digest, "spec": asdict(spec), **binary.about})
-    about = {"format": FORMAT, "target": target.name, "sources": sources(), "compilers": compilers()}
-    return {**about, "kernels": rows}, files
+    counts = [part.multiprocessors for part in parts(target)]
+    about = {"format": FORMAT, "target": target.name, "multiprocessors": counts, "sources": sources()}
+    return {**about, "compilers": compilers(), "kernels": rows}, files
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from .launch import KernelSpec, Target
 from .sources import FOLDER
 
 CACHE = KernelCache("cuda", "CUDA kernels")
-FORMAT = 1
-PACKAGES = ("triton", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc-cu13")
+FORMAT = 2
+PACKAGES = ("triton", "nvidia-cuda-nvrtc-cu12", "nvidia-cuda-nvrtc")  # the last: of CUDA 13
 
 
 @dataclass(frozen=True)

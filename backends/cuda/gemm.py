@@ -132,7 +132,7 @@ class _Parts:
             "splits": self.splits, "eps": float(self.call.attrs.get("eps", 0.0)),
         }  # fmt: skip
         constants = {"NORM": int(has_squares), **constants, "BLOCK": block}
-        return [launch("epilogue", "add_parts", (cdiv(n, block), rows), arguments, constants)]
+        return [launch("epilogue", "add_parts", (rows, cdiv(n, block)), arguments, constants)]
 
 
 def _passes(call: BoundCall) -> list[list[str]]:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from ...kernels.errors import BackendUnavailable, DeviceError
+from ...kernels.errors import BackendUnavailable, DeviceError, DoesNotFit
 from ...kernels.quant import Array
 from ...kernels.spi import DeviceInfo
+from .aot import fitting
 from .compiler import Binary, Compiler
 from .launch import KernelSpec, Launch, Pointer, Target
 
@@ -129,10 +130,11 @@ class GpuDevice:
         self._cupy, self.info = cupy, info
         detail = info.detail
         arch = str(detail["compute_capability"]).replace(".", "")
-        self.target = Target("cuda", arch, detail["multiprocessors"], detail["shared_bytes"])
+        self.target = fitting(Target("cuda", arch, detail["multiprocessors"], detail["shared_bytes"]))
         self._compiler = Compiler(self.target, info.driver)
         self._functions: dict[KernelSpec, tuple[Any, Binary]] = {}
         self._modules: list[Any] = []
+        self._dynamic_shared: dict[KernelSpec, int] = {}
         self._pool = cupy.cuda.MemoryPool()
         with self._errors("opening the GPU"):
             cupy.cuda.Device(detail["number"]).use()
@@ -144,7 +146,7 @@ class GpuDevice:
                 return GpuBuffer(self._pool.malloc(max(1, nbytes)), nbytes)
         except self._cupy.cuda.memory.OutOfMemoryError as error:
             free, total = self._cupy.cuda.runtime.memGetInfo()
-            raise DeviceError(
+            raise DoesNotFit(
                 f"{self.info.name} is out of memory: {what} needs {nbytes} bytes, {free} of {total} are free; take a"
                 " smaller --ctx or a model of fewer bits"
             ) from error
@@ -193,9 +195,7 @@ class GpuDevice:
         function, binary = self._functions[launch.spec]
         shared = launch.shared or binary.shared
         driver = self._cupy.cuda.driver
-        if shared > STATIC_LIMIT:
-            with self._errors(f"asking for {shared} bytes of shared memory for {launch.spec.label}"):
-                driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, shared)
+        self._allow_shared(launch.spec, shared)
         values = [_c_value(value) for value in launch.arguments.values()]
         values += [
             ctypes.c_void_p(0),
@@ -205,10 +205,24 @@ class GpuDevice:
         x, y, z = (*launch.grid, 1, 1)[:3]
         held, stream, at = (values, pointers, launch), self._stream.ptr, ctypes.addressof(pointers)
 
+        errors, label = self._errors, launch.spec.label
+
         def run(held: Any = held) -> None:
-            driver.launchKernel(function.ptr, x, y, z, binary.threads, 1, 1, shared, stream, at, 0)
+            try:
+                driver.launchKernel(function.ptr, x, y, z, binary.threads, 1, 1, shared, stream, at, 0)
+            except Exception:
+                with errors(f"running {label}"):
+                    raise
 
         return run
+
+    def _allow_shared(self, spec: KernelSpec, nbytes: int) -> None:
+        """Launches of one kernel share its limit: a smaller launch that is bound later must not lower it."""
+        if nbytes > self._dynamic_shared.get(spec, STATIC_LIMIT):
+            function, _ = self._functions[spec]
+            with self._errors(f"asking for {nbytes} bytes of shared memory for {spec.label}"):
+                self._cupy.cuda.driver.funcSetAttribute(function.ptr, MAX_DYNAMIC_SHARED, nbytes)
+            self._dynamic_shared[spec] = nbytes
 
     def capture(self, parts: Sequence[Callable[[], None]]) -> Callable[[], None]:
         """One CUDA graph. A replay runs exactly these launches with these arguments."""

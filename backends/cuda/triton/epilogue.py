@@ -27,8 +27,8 @@ def add_parts(
     NORM: tl.constexpr, GLU: tl.constexpr, BIASED: tl.constexpr, ADD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y from sums [splits, 1 (GLU: 2), rows, n] and, with NORM, sums of squares [splits, rows], added in order."""
-    row = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < n
     PARTS: tl.constexpr = 1 if GLU == "" else 2
     value = tl.full([BLOCK], 0.0, tl.float32)
