@@ -51,10 +51,6 @@ class CompileProcess:
         command = [sys.executable, "-m", module]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said)
 
-    @property
-    def has_ended(self) -> bool:
-        return self._process.poll() is not None
-
     def ask(self, request: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
         """Answer and payload. Raises Refused with the compiler's reason; OSError, TimeoutError or ValueError where the
         child is lost."""
@@ -101,16 +97,18 @@ class CompilePool:
 
     def ask(self, what: str, request: Mapping[str, Any]) -> tuple[dict[str, Any], bytes]:
         """Answer and payload. Whatever happens becomes one line behind `what`, a CompileFailed."""
-        child = self._idle.pop() if self._idle else CompileProcess(self._module)
-        if child.has_ended:  # it does, after a while without work
-            child.close()
-            child = CompileProcess(self._module)
+        is_used = bool(self._idle)
+        child = self._idle.pop() if is_used else CompileProcess(self._module)
         try:
             found = child.ask(request)
         except Refused as error:
             self._idle.append(child)
             raise CompileFailed(f"{what}: {error}") from error
         except (OSError, TimeoutError, ValueError) as error:
+            if is_used and isinstance(error, OSError) and not isinstance(error, TimeoutError):
+                # It ends after a while without work, maybe while it was asked.
+                child.close()
+                return self.ask(what, request)
             last = child.last_words()
             raise CompileFailed(f"{what}: {error} {last}".rstrip()) from error
         self._idle.append(child)
