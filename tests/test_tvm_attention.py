@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,16 +49,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     opened.close()
 
 
-def judged(backend: Backend, wanted: Case, name: str) -> None:
+def judged(backend: Any, wanted: Case, has_splits: bool) -> None:
     trial = Trial.ask(backend, ATTENTION, wanted)
     assert isinstance(trial.answer, Kernel)
-    assert trial.answer.name.startswith(f"tvm.{name}-")
+    is_half = {trial.signature.tensors[name].dtype for name in ("k_pages", "v_pages")} == {"f16"}
+    name = "split" if has_splits else "amx" if backend.target.amx and is_half else "tiles"
+    assert trial.answer.name.startswith(f"tvm.attention_{name}-")
     assert not trial.run(backend, is_repeated=True).reason
 
 
 @pytest.mark.parametrize("wanted", CASES, ids=lambda c: c.name)
 def test_splits_and_tiles(backend: Backend, wanted: Case) -> None:
-    judged(backend, wanted, "attention_split" if "splits" in wanted.name else "attention_tiles")
+    judged(backend, wanted, "splits" in wanted.name)
 
 
 @pytest.mark.slow
@@ -66,7 +69,7 @@ def test_tiles_on_every_case(wanted: Case, monkeypatch: pytest.MonkeyPatch) -> N
     """The contract's batches are shorter than what tiles are for."""
     monkeypatch.setattr(attention, "TILED_FROM", 1)
     backend = provider.open(OpenOptions())
-    judged(backend, wanted, "attention_tiles")
+    judged(backend, wanted, False)
     backend.close()
 
 

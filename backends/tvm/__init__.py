@@ -141,7 +141,7 @@ class TVMBackend:
         """Memory that holds nothing between calls; shared by all, since they run one after another."""
         buffer = self._scratch.get(name)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._scratch[name] = self._buffer(nbytes, f"scratch {name}")
+            buffer = self._scratch[name] = HostBuffer(self._from_arena(nbytes, f"scratch {name}"))
         return buffer
 
     def launch(self, spec: KernelSpec, *arguments: int | float, held: tuple[Any, ...]) -> KernelLaunch:
@@ -170,7 +170,8 @@ class TVMBackend:
         return HostBuffer(raw[start : start + nbytes])
 
     def _from_arena(self, nbytes: int, what: str) -> Array:
-        """Memory that decode steps read all of, weights and caches: out of larger pieces that may have huge pages."""
+        """Memory that steps read all of: out of larger pieces that may have huge pages. With pages of 4 KiB products of
+        512 rows on AMX take a fifth longer."""
         nbytes = -(-nbytes // ALIGNMENT) * ALIGNMENT
         if self._arena.nbytes < nbytes:
             size = -(-max(nbytes, ARENA_BYTES) // (2 << 20)) * (2 << 20)

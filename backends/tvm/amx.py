@@ -9,9 +9,12 @@ Only formats whose numbers are d * q + m: those with two levels of scales have m
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .formats import BLOCK, LAYOUTS, TILE_ROWS, Block, float_column, layout_of
+from .emit import LANES
+from .formats import BLOCK, LAYOUTS, TILE_ROWS, Block, layout_of
 
 if TYPE_CHECKING:
     from .emit import Emitter, Expr, Memory
@@ -19,6 +22,11 @@ if TYPE_CHECKING:
 FORMATS = (*(name for name, layout in LAYOUTS.items() if layout.blocks == 1), "BF16")
 LEAST_ROWS = 16  # one tile; with fewer rows most of it would be padding
 GROUP_ROWS = 32  # rows of x at a time: two tiles, by two tiles of weights: four sums of 16 x 16, all 8 tiles in use
+# Columns at a time, whose panel stays in the first level (36 of 48 KiB) while x goes past it. x then comes from the
+# second level, and by instructions that ask not to be kept: 1490 G multiply-adds a second of a core's 1710, with
+# ordinary loads 1110, with whole rows of 1536 columns 860.
+SLICE = 576
+PART_ROWS = 192
 SUMS_BYTES = GROUP_ROWS * TILE_ROWS * 4
 
 
@@ -26,9 +34,19 @@ def padded(rows: int) -> int:
     return -(-rows // GROUP_ROWS) * GROUP_ROWS
 
 
-def panel_bytes(columns: int, weights: int) -> int:
-    """Scratch of one thread: a panel for each weight, and the sums."""
-    return weights * (columns * 2 * TILE_ROWS + SUMS_BYTES)
+def panel_bytes(columns: int, rows: int) -> int:
+    """Scratch of one thread: a panel, and the sums of each group of rows while slices of columns go by."""
+    groups = padded(rows) // GROUP_ROWS if columns > SLICE else 2
+    return min(columns, SLICE) * 2 * TILE_ROWS + groups * SUMS_BYTES
+
+
+def row_parts(rows: int, threads: int) -> int:
+    """Among how many parts of the rows threads are divided; those of a part share out the weight.
+
+    Where every thread has rows of its own it finds in its second level what it wrote there itself, from op to op, but
+    unpacks all of the weight: worth it from PART_ROWS on.
+    """
+    return max(n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or rows >= n * PART_ROWS))
 
 
 def to_bf16(k: Emitter, value: Expr) -> Expr:
@@ -62,39 +80,58 @@ def call(k: Emitter, name: str, *arguments: Expr) -> None:
     k.T.evaluate(k.T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
 
 
-def unpack(k: Emitter, fmt: str, w: Memory, heads: Memory, columns: Expr, panel: Memory) -> None:
-    """A tile of a weight as bfloat16.
+def unpack(k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Expr, panel: Memory) -> None:
+    """Blocks first .. first + blocks - 1 of two halves of tiles of weights as bfloat16.
 
     panel (uint32): for each 32 columns and each half 16 rows of 64 bytes; row p, lane n holds columns 2p and 2p + 1 of
     row n of the half.
     """
+    with k.loop(0, blocks) as b:
+        for i, half in enumerate(halves):
+            place = k.let((2 * b + i) * 256)
+            for p, word in enumerate(_words(k, fmt, half, k.let(first + b))):
+                panel.store(place + 16 * p, word)
+
+
+@dataclass(frozen=True)
+class Half:
+    """16 rows of a weight: a half, 0 or 1, of a tile whose memory is `w`, as float16 `heads`."""
+
+    w: Memory
+    heads: Memory
+    half: int
+
+
+def _words(k: Emitter, fmt: str, source: Half, b: Expr) -> list[Expr]:
+    """The 32 columns of a block as bfloat16, two by two, uint32x16.
+
+    Rounded half up, in two instructions less than to nearest even: a NaN's payload must not overflow, so that of
+    scales is cleared.
+    """
     T = k.T
     upper, sixteen = k.splat(T.uint32(0xFFFF0000)), k.splat(T.uint32(16))
-    with k.loop(0, k.div(columns, BLOCK)) as b:
-        for half in range(2):
-            place = k.let((2 * b + half) * 256)
-            for p, (even, odd) in enumerate(_pairs(k, fmt, w, heads, b, half)):
-                low = T.shift_right(to_bf16(k, even), sixteen)
-                panel.store(place + 16 * p, T.bitwise_or(low, T.bitwise_and(to_bf16(k, odd), upper)))
+    if fmt not in LAYOUTS:  # bfloat16 as it is
+        columns = [source.w.load((b * BLOCK + c) * TILE_ROWS + LANES * source.half) for c in range(BLOCK)]
+        wide = [k.let(k.cast(column, "uint32x16")) for column in columns]
+        return [
+            k.let(T.bitwise_or(even, T.shift_left(odd, sixteen)))
+            for even, odd in zip(wide[0::2], wide[1::2], strict=True)
+        ]
+    layout = layout_of(fmt)
+    block = Block(k, fmt, source.w, source.heads, k.let(b * layout.super_bytes), T.int32(0), source.half)
+    scale = _plain_nan(k, block.scale())
+    minimum = _plain_nan(k, block.minimum()) if layout.has_min else k.let(scale * k.splat(float(-layout.offset)))
+    numbers = [
+        k.let(k.bits(number, "uint32x16") + k.splat(T.uint32(0x8000))) for number in block.numbers(scale, minimum)
+    ]
+    return [
+        k.let(T.bitwise_or(T.shift_right(even, sixteen), T.bitwise_and(odd, upper)))
+        for even, odd in zip(numbers[0::2], numbers[1::2], strict=True)
+    ]
 
 
-def _pairs(k: Emitter, fmt: str, w: Memory, heads: Memory, b: Expr, half: int) -> list[tuple[Expr, Expr]]:
-    """The 32 columns of a block as float32x16, two by two."""
-    T = k.T
-    if fmt not in LAYOUTS:
-        numbers = [float_column(k, fmt, w, (b * BLOCK + c) * TILE_ROWS, half) for c in range(BLOCK)]
-    else:
-        layout = layout_of(fmt)
-        block = Block(k, fmt, w, heads, k.let(b * layout.super_bytes), T.int32(0), half)
-        scale = block.scale()
-        zero = block.minimum() if layout.has_min else k.let(scale * k.splat(float(-layout.offset)))
-        numbers = []
-        for vector in block.vectors():
-            word = k.let(k.bits(vector, "int32x16"))
-            for i in range(4):
-                byte = T.bitwise_and(T.shift_right(word, k.splat(T.int32(8 * i))), k.splat(T.int32(255)))
-                numbers.append(k.fma(k.floats(byte), scale, zero))
-    return list(zip(numbers[0::2], numbers[1::2], strict=True))
+def _plain_nan(k: Emitter, value: Expr) -> Expr:
+    return k.let(k.T.Select(value == value, value, k.splat(k.f32(float("nan")))))  # noqa: PLR0124
 
 
 def place_of(k: Emitter, row: Expr, columns: Expr) -> Expr:
@@ -103,24 +140,44 @@ def place_of(k: Emitter, row: Expr, columns: Expr) -> Expr:
     return k.wide(k.div(row, 16)) * k.wide(columns * 16) + k.wide(k.mod(row, 16) * BLOCK)
 
 
-def multiply(k: Emitter, x: Memory, first: Expr, columns: Expr, panel: Memory, sums: Memory) -> None:
-    """sums [32, 32] = 32 rows of x from row `first` on (uint16, see `place_of`) times a panel."""
+def multiply(
+    k: Emitter, x: Memory, group: Expr, columns: Expr, first: Expr, blocks: Expr, panel: Memory, sums: Memory,
+    is_first: Expr, meanwhile: Callable[[Expr], None],
+) -> None:  # fmt: skip
+    """sums [4, 16, 16] (rows of x, rows of the weight) of blocks first .. first + blocks - 1 of 32 rows of x (uint16,
+    see `place_of`) times a panel; added to what is there unless `is_first`.
+
+    `meanwhile` gets the number of each block, counted from 0: what vector instructions do there takes no time, while
+    tile instructions, 16 cycles each, are under way.
+    """
     T = k.T
-    for tile in range(4):
-        call(k, "tilezero", T.int8(tile))
-    rows = [x.at(k.wide(k.div(first, 16) + i) * k.wide(columns * 16)) for i in range(2)]
+    places = [T.address_of(sums[256 * tile]) for tile in range(4)]
     line = T.int64(64)
-    with k.loop(0, k.div(columns, BLOCK)) as b:
+    with k.branches(is_first) as (begins, goes_on):
+        with begins:
+            for tile in range(4):
+                call(k, "tilezero", T.int8(tile))
+        with goes_on:
+            for tile, place in enumerate(places):
+                call(k, "tileloadd64", T.int8(tile), place, line)
+    start = k.let(k.wide(first) * T.int64(16 * BLOCK))
+    rows = [x.at(k.wide(group * 2 + i) * k.wide(columns * 16) + start) for i in range(2)]
+    with k.loop(0, blocks) as b:
         for half in range(2):
             call(k, "tileloadd64", T.int8(6 + half), T.address_of(panel[(2 * b + half) * 256]), line)
         for i, row in enumerate(rows):
-            call(k, "tileloadd64", T.int8(4 + i), T.address_of(row[b * 512]), line)
+            call(k, "tileloaddt164", T.int8(4 + i), T.address_of(row[b * 512]), line)
             for half in range(2):
                 call(k, "tdpbf16ps", T.int8(2 * i + half), T.int8(4 + i), T.int8(6 + half))
-    for i in range(2):
-        for half in range(2):
-            where = T.address_of(sums[16 * i * TILE_ROWS + 16 * half])
-            call(k, "tilestored64", T.int8(2 * i + half), where, T.int64(4 * TILE_ROWS))
+        meanwhile(b)
+    for tile, place in enumerate(places):
+        call(k, "tilestored64", T.int8(tile), place, line)
+
+
+def sums_of(k: Emitter, sums: Memory, row: Expr) -> list[Expr]:
+    """The 32 sums of row `row`, 0 .. 31, of a group."""
+    place = k.let(k.div(row, 16) * 512 + k.mod(row, 16) * 16)
+    return [sums.load(place + 256 * half) for half in range(2)]
 
 
 def takes(fmt: str, columns: int, rows: int) -> bool:

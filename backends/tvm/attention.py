@@ -6,7 +6,8 @@ every load of its keys and values. Letters as in kernels/attention.py, R = H / G
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -94,10 +95,14 @@ class Problem:
 
     def scores(self, products: Expr, start: Expr, first: Expr, stop: Expr, capped: bool) -> Expr:
         """The scores of keys start .. start + 15, -infinity outside first .. stop - 1."""
-        k, T = self.k, self.k.T
+        k = self.k
         s = k.let(products * k.splat(self.scale))
         if capped:
             s = k.let(k.splat(self.softcap) * by_lane(k, "tanhf", k.let(s / k.splat(self.softcap))))
+        return self.masked(s, start, first, stop)
+
+    def masked(self, s: Expr, start: Expr, first: Expr, stop: Expr) -> Expr:
+        k, T = self.k, self.k.T
         lane, low = k.let(T.ramp(start, 1, 16)), k.splat(k.f32(float("-inf")))
         s = k.let(T.Select(lane < k.splat(stop), s, low))
         return k.let(T.Select(lane >= k.splat(first), s, low))
@@ -112,22 +117,37 @@ def softmax_step(
     top = k.local("float32x16", weights.load(at + 16 * first))
     with k.loop(first + 1, stop) as i:
         top.set(k.max(top.get(), weights.load(at + 16 * i)))
-    found, before = k.max_lanes(top.get()), k.let(largest[row])
-    base = k.local("float32", before)
-    with k.when(found > before):
-        base.set(found)
-        shrink = k.exp_falling(k.let(k.splat(before - found)))
+    base = raise_top(k, k.max_lanes(top.get()), row, largest, totals, sums, chunks, k.exp_falling)
+    total = k.local("float32x16", totals.load(row * 16))
+    with k.loop(first, stop) as i:
+        weight = k.exp_falling(k.let(weights.load(at + 16 * i) - k.splat(base)))
+        weights.store(at + 16 * i, weight)
+        total.set(k.let(total.get() + weight))
+    totals.store(row * 16, total.get())
+
+
+# How far a score may be above what weights are relative to. Sums may then be 3000 times as large, which float32 does
+# not mind, and hardly ever have to shrink: whether they do is no longer a branch that CPUs guess wrong.
+SLACK = 8.0
+
+
+def raise_top(
+    k: Emitter, found: Expr, row: Expr, largest: Memory, totals: Memory, sums: Memory, chunks: int,
+    exp: Callable[[Expr], Expr],
+) -> Expr:  # fmt: skip
+    """What the weights of a row are relative to: its largest score so far, `found` among them, less SLACK at most. When
+    it grows, totals and sums shrink. Scores are logarithms that `exp` undoes."""
+    before = k.let(largest[row])
+    top = k.local("float32", before)
+    with k.when(found > before + k.f32(SLACK)):
+        top.set(found)
+        shrink = exp(k.let(k.splat(before - found)))
         totals.store(row * 16, k.let(totals.load(row * 16) * shrink))
         with k.loop(0, chunks) as c:
             index = k.let((row * chunks + c) * 16)
             sums.store(index, k.let(sums.load(index) * shrink))
         largest[row] = found
-    total = k.local("float32x16", totals.load(row * 16))
-    with k.loop(first, stop) as i:
-        weight = k.exp_falling(k.let(weights.load(at + 16 * i) - k.splat(base.get())))
-        weights.store(at + 16 * i, weight)
-        total.set(k.let(total.get() + weight))
-    totals.store(row * 16, total.get())
+    return top.get()
 
 
 def clear(k: Emitter, rows: Expr, first: Expr, largest: Memory, totals: Memory, sums: Memory, chunks: int) -> None:
@@ -342,7 +362,7 @@ def attention_tiles(
     chunks = p.chunks
     width = 16 * chunks
     lasts = lasts.at(k.worker * capacity)
-    start = k.local("int64", k.wide(k.worker) * k.wide(tile_floats(capacity, chunks)))
+    start = k.local("int64", k.wide(k.worker) * k.wide(_tile_floats(capacity, chunks)))
 
     def region(size: Expr) -> Memory:
         memory = scratch.at(start.get())
@@ -353,6 +373,27 @@ def attention_tiles(
     weights = region(T.int32(ROWS * BLOCK))
     queries, sums, totals, largest = (region(capacity * n) for n in (width, width, 16, 1))
 
+    with each_run(k, p, tile_tokens, per_head) as run:
+        _tile_run(k, run, capped, lasts, rows_of_keys, keys, values, weights, queries, sums, totals, largest)
+        store_run(k, run, y, y_stride, totals, sums, chunks)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive tokens of one sequence, and a kv head."""
+
+    p: Problem
+    g: Expr
+    seq: Expr
+    begin: Expr
+    end: Expr
+    per_head: int
+
+
+@contextmanager
+def each_run(k: Emitter, p: Problem, tile_tokens: Expr, per_head: int) -> Generator[Run]:
+    """The body for each run of a sequence in this worker's tiles of tokens, for each kv head."""
+    T = k.T
     tiles = k.div(p.tokens + (tile_tokens - 1), tile_tokens)
     items = k.let(tiles * p.kv_heads)
     # Later tokens have more keys: round by round, forwards and backwards, so that each worker gets as much.
@@ -369,44 +410,18 @@ def attention_tiles(
                     end = k.local("int32", begin)
                     with k.loop(begin, stop) as t, k.when(T.And(end.get() == t, p.seq_ids[t] == seq)):
                         end.set(t + 1)
-                    run = _Run(p, g, seq, begin, end.get(), per_head)
-                    _tile_run(
-                        k, run, capped, lasts, rows_of_keys, keys, values, weights, queries, sums, totals, largest
-                    )
-                    with k.loop(0, (run.end - begin) * per_head) as row:
-                        out = y.at(k.wide(begin + k.div(row, per_head)) * k.wide(y_stride)
-                                   + k.wide((g * per_head + k.mod(row, per_head)) * head_dim))  # fmt: skip
-                        divisor = k.let(k.splat(k.sum_lanes(totals.load(row * 16))))
-                        padding = k.let(k.splat(k.cast(seq < 0, "int32")) == k.splat(T.int32(1)))
-                        for c in range(chunks):
-                            value = k.let(sums.load((row * chunks + c) * 16) / divisor)
-                            _store_row(k, head_dim, out, c, k.let(T.Select(padding, k.splat(0.0), value)))
+                    yield Run(p, g, seq, begin, end.get(), per_head)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """Consecutive tokens of one sequence, and a kv head."""
+def load_run(
+    k: Emitter, run: Run, group: int, lasts: Memory, put: Callable[[Expr, Memory | None], None]
+) -> tuple[Expr, Expr, Expr]:  # fmt: skip
+    """The groups of `group` rows of a run, and the first and last key that any of them sees (the last -1 if none).
 
-    p: Problem
-    g: Expr
-    seq: Expr
-    begin: Expr
-    end: Expr
-    per_head: int
-
-
-def tile_floats(rows: Any, chunks: int) -> Any:
-    """Scratch of a worker."""
-    return (3 * BLOCK * 16 * chunks + ROWS * BLOCK) + rows * (32 * chunks + 17)
-
-
-def _tile_run(
-    k: Emitter, run: _Run, capped: bool, lasts: Memory, rows_of_keys: Memory, keys: Memory, values: Memory,
-    weights: Memory, queries: Memory, sums: Memory, totals: Memory, largest: Memory,
-) -> None:  # fmt: skip
-    """Sums and totals of the rows of a run. lasts holds each row's last key, -1 if it lacks keys or is none."""
+    lasts holds each row's last key, -1 if it lacks keys or is none. `put` gets each row with its query, those that fill
+    the last group with None.
+    """
     T, p, per_head = k.T, run.p, run.per_head
-    chunks, width = p.chunks, 16 * p.chunks
     table = p.table(run.seq)
     low, high = k.local("int32", T.int32(2**31 - 1)), k.local("int32", T.int32(-1))
     with k.loop(run.begin, run.end) as t:
@@ -421,28 +436,75 @@ def _tile_run(
         with k.loop(0, per_head) as r:
             row = k.let((t - run.begin) * per_head + r)
             lasts[row] = last.get()
-            query = source.at(r * p.head_dim)
-            for c in range(chunks):
-                queries.store(row * width + 16 * c, p.load(query, c))
+            put(row, source.at(r * p.head_dim))
     rows = k.let((run.end - run.begin) * per_head)
-    groups = k.div(rows + (ROWS - 1), ROWS)
-    with k.loop(rows, groups * ROWS) as row:
+    groups = k.div(rows + (group - 1), group)
+    with k.loop(rows, groups * group) as row:
         lasts[row] = T.int32(-1)
+        put(row, None)
+    return groups, low.get(), high.get()
+
+
+def keys_seen(
+    k: Emitter, p: Problem, lasts: Memory, row: Expr, rows: int, start: Expr, block: int
+) -> tuple[Local, Local]:
+    """Of keys start .. start + block - 1 the first that any of `rows` rows from `row` on sees, and behind the last."""
+    T = k.T
+    first, stop = k.local("int32", T.int32(block)), k.local("int32", T.int32(0))
+    with k.loop(row, row + rows) as r:
+        last = k.let(lasts[r])
+        with k.when(last >= 0):
+            stop.set(T.max(stop.get(), T.min(last + 1 - start, block)))
+            first.set(T.min(first.get(), T.max(p.first_key(last) - start, 0)))
+    return first, stop
+
+
+def store_run(
+    k: Emitter, run: Run, y: Memory, y_stride: Expr, totals: Memory, sums: Memory, chunks: int, width: int = 0
+) -> None:  # fmt: skip
+    """y of a run; `width`: floats of a row of sums (0: 16 for each chunk)."""
+    T, per_head = k.T, run.per_head
+    width = width or 16 * chunks
+    with k.loop(0, (run.end - run.begin) * per_head) as row:
+        out = y.at(k.wide(run.begin + k.div(row, per_head)) * k.wide(y_stride)
+                   + k.wide((run.g * per_head + k.mod(row, per_head)) * run.p.head_dim))  # fmt: skip
+        divisor = k.let(k.splat(k.sum_lanes(totals.load(row * 16))))
+        padding = k.let(k.splat(k.cast(run.seq < 0, "int32")) == k.splat(T.int32(1)))
         for c in range(chunks):
-            queries.store(row * width + 16 * c, k.splat(0.0))
-    clear(k, groups * ROWS, T.int32(0), largest, totals, sums, chunks)
-    blocks = [k.div(low.get(), BLOCK), k.div(high.get(), BLOCK) + 1]
-    with k.when(high.get() >= 0), k.loop(*blocks) as block:
+            value = k.let(sums.load(row * width + 16 * c) / divisor)
+            _store_row(k, run.p.head_dim, out, c, k.let(T.Select(padding, k.splat(0.0), value)))
+
+
+def tile_floats(rows: int, head_dim: int) -> int:
+    """Scratch of a worker."""
+    return _tile_floats(rows, -(-head_dim // 16))
+
+
+def _tile_floats(rows: Any, chunks: int) -> Any:
+    return (3 * BLOCK * 16 * chunks + ROWS * BLOCK) + rows * (32 * chunks + 17)
+
+
+def _tile_run(
+    k: Emitter, run: Run, capped: bool, lasts: Memory, rows_of_keys: Memory, keys: Memory, values: Memory,
+    weights: Memory, queries: Memory, sums: Memory, totals: Memory, largest: Memory,
+) -> None:  # fmt: skip
+    """Sums and totals of the rows of a run."""
+    p = run.p
+    chunks, width = p.chunks, 16 * p.chunks
+
+    def put(row: Expr, query: Memory | None) -> None:
+        for c in range(chunks):
+            queries.store(row * width + 16 * c, p.load(query, c) if query else k.splat(0.0))
+
+    groups, low, high = load_run(k, run, ROWS, lasts, put)
+    clear(k, groups * ROWS, k.T.int32(0), largest, totals, sums, chunks)
+    blocks = [k.div(low, BLOCK), k.div(high, BLOCK) + 1]
+    with k.when(high >= 0), k.loop(*blocks) as block:
         start = k.let(block * BLOCK)
-        _load_block(k, run, table, start, high.get(), rows_of_keys, keys, values)
+        _load_block(k, run, p.table(run.seq), start, high, rows_of_keys, keys, values)
         with k.loop(0, groups) as group:
             row = k.let(group * ROWS)
-            stop, first = k.local("int32", T.int32(0)), k.local("int32", T.int32(BLOCK))
-            with k.loop(row, row + ROWS) as r:
-                last = k.let(lasts[r])
-                with k.when(last >= 0):
-                    stop.set(T.max(stop.get(), T.min(last + 1 - start, BLOCK)))
-                    first.set(T.min(first.get(), T.max(p.first_key(last) - start, 0)))
+            first, stop = keys_seen(k, p, lasts, row, ROWS, start, BLOCK)
             with k.when(first.get() < stop.get()):
                 begin, end = k.div(first.get(), 32), k.div(stop.get() + 31, 32)
                 with k.loop(begin, end) as half:
@@ -458,38 +520,48 @@ def _tile_run(
 
                     def each(add: Add, first: Local = first, stop: Local = stop) -> None:
                         with k.loop(first.get(), stop.get()) as j:
-                            channel = k.let(k.wide(j) * T.int64(width))
-                            add(lambda c: values.load(channel + T.int64(16 * c)), j)
+                            channel = k.let(k.wide(j) * k.T.int64(width))
+                            add(lambda c: values.load(channel + k.T.int64(16 * c)), j)
 
                     add_values(k, ROWS, sums, row, chunks, each, weights, first_chunk, count)
 
 
-def _load_block(
-    k: Emitter, run: _Run, table: Memory, start: Expr, high: Expr, rows: Memory, keys: Memory, values: Memory
-) -> None:
-    """Keys start .. start + BLOCK - 1 as floats, a key a lane: keys[channel * BLOCK + key]; values[key, channel].
+def load_keys(
+    k: Emitter, run: Run, table: Memory, start: Expr, count: int, high: Expr,
+    put: Callable[[Expr, Memory | None, Memory | None], None],
+) -> None:  # fmt: skip
+    """Call `put` with i, key and value of each slot start + i, i < count; with None, for zeros, where there is none.
 
     Slots past the run's last query hold whatever was there before, and between the windows of two queries there need
     not be a page: zeros, so that 0 * value is 0.
     """
-    p, T = run.p, k.T
-    width = 16 * p.chunks
-    with k.loop(0, BLOCK) as i:
+    p = run.p
+    with k.loop(0, count) as i:
         j = k.let(start + i)
-        page = k.local("int32", T.int32(-1))
+        page = k.local("int32", k.T.int32(-1))
         with k.when(j <= high):
             page.set(table[k.div(j, p.page_size)])
         with k.branches(p.exists(page.get())) as (yes, no):
             with yes:
                 element = p.element(page.get(), run.g, k.mod(j, p.page_size))
-                for memory, pages in ((rows, p.k_pages), (values, p.v_pages)):
-                    source = pages.at(element)
-                    for c in range(p.chunks):
-                        memory.store(i * width + 16 * c, p.load(source, c))
+                put(i, p.k_pages.at(element), p.v_pages.at(element))
             with no:
-                for memory in (rows, values):
-                    for c in range(p.chunks):
-                        memory.store(i * width + 16 * c, k.splat(0.0))
+                put(i, None, None)
+
+
+def _load_block(
+    k: Emitter, run: Run, table: Memory, start: Expr, high: Expr, rows: Memory, keys: Memory, values: Memory
+) -> None:
+    """Keys start .. start + BLOCK - 1 as floats, a key a lane: keys[channel * BLOCK + key]; values[key, channel]."""
+    p = run.p
+    width = 16 * p.chunks
+
+    def put(i: Expr, key: Memory | None, value: Memory | None) -> None:
+        for memory, source in ((rows, key), (values, value)):
+            for c in range(p.chunks):
+                memory.store(i * width + 16 * c, p.load(source, c) if source else k.splat(0.0))
+
+    load_keys(k, run, table, start, BLOCK, high, put)
     with k.loop(0, BLOCK // 16) as part, k.loop(0, p.chunks) as c:
         lanes = k.transpose([rows.load((16 * part + i) * width + 16 * c) for i in range(16)])
         for i, lane in enumerate(lanes):
@@ -535,8 +607,18 @@ def _is_tiled(signature: Signature) -> bool:
     return signature.tensors["q"].shape[0] >= TILED_FROM
 
 
+def _is_amx(backend: TVMBackend, signature: Signature) -> bool:
+    halves = all(signature.tensors[name].dtype == "f16" for name in ("k_pages", "v_pages"))
+    return _is_tiled(signature) and backend.target.amx and halves
+
+
 def kernels(backend: TVMBackend, signature: Signature) -> list[KernelSpec]:
+    from .attention_amx import attention_amx
+
     shape = _shape(signature)
+    if _is_amx(backend, signature):
+        shape = {name: value for name, value in shape.items() if not name.endswith("_dtype")}
+        return [spec(attention_amx, per_head=_per_head(signature), **shape)]
     if _is_tiled(signature):
         return [spec(attention_tiles, per_head=_per_head(signature), **shape)]
     rows = _split_rows(signature)
@@ -547,10 +629,17 @@ def numerics(backend: TVMBackend, signature: Signature) -> Numerics:
     """Longest chain: a score's head_dim, or the keys of a value's sum one by one, rescaled once per block."""
     table, pages = signature.tensors["block_table"].shape, signature.tensors["k_pages"].shape
     keys = table[1] * pages[2]
-    return Numerics("f32", max(pages[3], keys + -(-keys // BLOCK) + backend.threads), "f32", FUNCTION_ULP)
+    depth = max(pages[3], keys + -(-keys // BLOCK) + backend.threads)
+    if _is_amx(backend, signature):
+        from .attention_amx import ROUNDINGS
+
+        depth = 3 * depth + ROUNDINGS
+    return Numerics("f32", depth, "f32", FUNCTION_ULP)
 
 
 def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
+    from . import attention_amx
+
     signature, attrs, tensors = call.signature, call.attrs, call.tensors
     tokens, _, head_dim = tensors["q"].shape
     pages, kv_heads, _, _ = tensors["k_pages"].shape
@@ -564,10 +653,13 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     ]  # fmt: skip
     if _is_tiled(signature):
         # Smaller tiles where there would not be a few for each worker.
-        tile = max(1, min(TILE_ROWS // per_head, -(-tokens * kv_heads // (4 * backend.threads))))
-        capacity = -(-tile * per_head // ROWS) * ROWS
+        most, group, words = TILE_ROWS, ROWS, tile_floats
+        if _is_amx(backend, signature):
+            most, group, words = attention_amx.TILE_ROWS, attention_amx.ROWS, attention_amx.scratch_words
+        tile = max(1, min(most // per_head, -(-tokens * kv_heads // (4 * backend.threads))))
+        capacity = -(-tile * per_head // group) * group
         lasts = backend.scratch("attention rows", backend.threads * capacity * 4)
-        scratch = backend.scratch("attention tiles", backend.threads * tile_floats(capacity, chunks) * 4)
+        scratch = backend.scratch("attention tiles", backend.threads * words(capacity, head_dim) * 4)
         tiles = backend.launch(
             specs[0], *problem, *place(tensors["y"]), tile, capacity, lasts.address, scratch.address,
             held=(call, lasts, scratch),

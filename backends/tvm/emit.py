@@ -9,9 +9,11 @@ Only here is TVM imported, and only while a kernel is compiled: a start from the
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
+
+import numpy as np
 
 from .target import HostTarget
 
@@ -19,6 +21,12 @@ Expr = Any  # a tirx expression
 LANES = 16  # of every vector: what AVX-512 holds; LLVM splits them where registers are shorter
 
 _BYTES = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8}
+
+
+def _exp2_polynomial(degree: int) -> Any:
+    """Factors of the powers of r, the highest first, of 2**r on |r| <= 1/2."""
+    zeros = np.cos((np.arange(degree + 1) + 0.5) * np.pi / (degree + 1)) / 2
+    return np.polyfit(zeros, np.exp2(zeros), degree)
 
 
 class Memory:
@@ -75,7 +83,7 @@ class Local:
         self.set(value)
 
     def get(self) -> Expr:
-        return self._k.let(self._buffer[0])
+        return self._k.T.Bind(self._buffer[0])
 
     def set(self, value: Expr) -> None:
         self._k.T.buffer_store(self._buffer, value, [0])
@@ -111,8 +119,13 @@ class Emitter:
     # Statements
 
     def let(self, value: Expr) -> Expr:
-        """Compute once, here."""
-        return self.T.Bind(value)
+        """Compute once, here.
+
+        Through a variable: a value that only has a name TVM puts back where it is used, the same sum twice at each step
+        of a tree, and divisions into inner loops. LLVM makes a register of it.
+        """
+        dtype = str(getattr(value, "ty", "bool"))  # `==` has no type yet
+        return self.T.Bind(value) if dtype.startswith("bool") else Local(self, dtype, value).get()
 
     def local(self, dtype: str, value: Expr) -> Local:
         return Local(self, dtype, value)
@@ -137,14 +150,18 @@ class Emitter:
         with self.T.If(condition):
             yield self.T.Then(), self.T.Else()
 
-    def share(self, count: Expr) -> Any:
-        """The loop over this worker's part of `count` items: one consecutive run, so that memory streams."""
-        count = self.wide(count)
+    def share(self, count: Expr, worker: Expr = None, workers: Expr = None) -> Any:
+        """The loop over this worker's part of `count` items: one consecutive run, so that memory streams.
 
-        def part(worker: Expr) -> Expr:
-            return self.let(self.cast(self.div(count * worker, self.wide(self.workers)), "int32"))
+        `worker` of `workers`: another number than its own, where several share a part.
+        """
+        count, worker = self.wide(count), self.wide(self.worker if worker is None else worker)
+        workers = self.wide(self.workers if workers is None else workers)
 
-        return self.loop(part(self.wide(self.worker)), part(self.wide(self.worker) + self.T.int64(1)))
+        def bound(number: Expr) -> Expr:
+            return self.let(self.cast(self.div(count * number, workers), "int32"))
+
+        return self.loop(bound(worker), bound(worker + self.T.int64(1)))
 
     def copy(self, source: Memory, target: Memory, start: Expr, stop: Expr) -> None:
         """target[start:stop] = source[start:stop], in the dtype of `target`."""
@@ -236,12 +253,17 @@ class Emitter:
             value, lanes = self.let(low + high), lanes // 2
         return self.let(self.lane(value, 0) + self.lane(value, 1))
 
-    def max_lanes(self, value: Expr) -> Expr:
-        lanes = LANES
+    def larger(self, a: Expr, b: Expr) -> Expr:
+        """The larger; b where either is NaN. One instruction, `max` takes three."""
+        return self.let(self.T.Select(a > b, a, b))
+
+    def max_lanes(self, value: Expr, pick: Callable[[Expr, Expr], Expr] | None = None) -> Expr:
+        """The largest lane by `max`, or by `larger`."""
+        pick, lanes = pick or self.max, LANES
         while lanes > 2:
-            value = self.max(*self.halves(value, lanes))
+            value = pick(*self.halves(value, lanes))
             lanes //= 2
-        return self.max(self.lane(value, 0), self.lane(value, 1))
+        return pick(self.lane(value, 0), self.lane(value, 1))
 
     def min_lanes(self, value: Expr) -> Expr:
         """The smallest lane of int32x16."""
@@ -279,12 +301,29 @@ class Emitter:
         return self.let(self.T.Select(x > self.splat(89.0), self.splat(float("inf")), scaled))
 
     def exp_falling(self, x: Expr) -> Expr:
-        """`exp` where x is not above 0, in two thirds of the instructions; 0 below -87.3, where floats get denormal."""
+        """`exp` where x is not above 80, in two thirds of the instructions; 0 below -87.3."""
         n, p = self._reduced(x)
         whole = self.let(self.cast(n, f"int32x{LANES}"))
         exponent = self.let((whole + self.splat(self.T.int32(127))) * self.splat(self.T.int32(1 << 23)))
         scaled = self.let(p * self.bits(exponent, f"float32x{LANES}"))
         return self.let(self.T.Select(x < self.splat(-87.3), self.splat(0.0), scaled))
+
+    def exp2_falling(self, x: Expr) -> Expr:
+        """2**x of float32x16 where x is not above 100: within 2 ulp, 0 below -127, NaN for NaN.
+
+        2**n * p(r), x = n + r: p meets 2**r at the zeros of a Chebyshev polynomial on |r| <= 1/2 (within 7e-9). n comes
+        out in the last bits of x + 1.5 * 2**23; with n = -127 the bits of 2**n are those of 0.
+        """
+        T = self.T
+        least, magic = self.splat(-127.0), self.splat(1.5 * 2.0**23)
+        x = self.let(T.Select(least > x, least, x))  # which keeps NaN
+        moved = self.let(x + magic)
+        r = self.let(x - self.let(moved - magic))
+        p, *rest = (self.splat(float(factor)) for factor in _exp2_polynomial(6))
+        for factor in rest:
+            p = self.fma(p, r, factor)
+        bits = T.shift_left(self.let(self.bits(moved, "uint32x16")), self.splat(T.uint32(23)))
+        return self.let(p * self.bits(self.let(bits + self.splat(T.uint32(0x3F800000))), f"float32x{LANES}"))
 
     def _reduced(self, x: Expr) -> tuple[Expr, Expr]:
         """(n, e**(x - n ln 2)), n whole: see `exp`."""

@@ -228,6 +228,31 @@ class Block:
             return head
         return self.k.let(self.k.splat(0.0) - head * self.subscale(1))
 
+    def numbers(self, scale: Expr, minimum: Expr) -> list[Expr]:
+        """The 32 columns, scale * quant + minimum, float32x16.
+
+        A quant is taken where it lies in its word, as so many times a power of two: a mask, no shift.
+        """
+        k, T = self.k, self.k.T
+        width = 4 if self.layout.bits == 4 else 8
+        base = self._block + self._quants
+        words = [k.let(k.bits(self.w.load(base + 64 * j, 64), "int32x16")) for j in range(4)] if width == 4 else [
+            k.let(k.bits(vector, "int32x16")) for vector in self.vectors()
+        ]  # fmt: skip
+        scales = {at: k.let(scale * k.splat(2.0**-at)) if at else scale for at in range(0, 32 - width, width)}
+
+        def number(word: Expr, at: int) -> Expr:
+            if at + width == 32:  # the sign bit: below zero as it is
+                bits = T.shift_right(k.let(k.bits(word, "uint32x16")), k.splat(T.uint32(at)))
+                return k.fma(k.floats(k.bits(k.let(bits), "int32x16")), scale, minimum)
+            field = T.bitwise_and(word, k.splat(T.int32(((1 << width) - 1) << at)))
+            return k.fma(k.floats(field), scales[at], minimum)
+
+        places = [(word, 8 * i) for word in words for i in range(4)]
+        if width == 4:
+            places += [(word, at + 4) for word, at in places]
+        return [number(*place) for place in places]
+
     def vectors(self) -> list[Expr]:
         """The quants as 8 vectors int8x64: byte (r, i) of vector j is column 4j + i."""
         k, T, bits = self.k, self.k.T, self.layout.bits

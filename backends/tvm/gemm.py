@@ -32,7 +32,7 @@ from .target import VNNI512
 
 if TYPE_CHECKING:
     from . import TVMBackend
-    from .emit import Emitter, Expr, Memory
+    from .emit import Emitter, Expr, Local, Memory
 
 # Rows of x per load of weights: 6 rows x 2 halves are 12 sums of integers and 12 of floats in AVX-512's 32 registers.
 # Where 16 lanes take two registers or four there is room for 2; with 6, LLVM 22 needed 23 GB for NEON's sdot.
@@ -377,34 +377,64 @@ def prepare_bf16(k: Emitter, *, normed: bool) -> None:
 
 
 def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None:
-    """`gemm` on AMX tiles: a tile of the weight is unpacked once, then all rows of x go past it, 32 at a time."""
+    """`gemm` on AMX tiles: 32 rows of the weight are unpacked once, then all rows of x go past them, 32 at a time.
+
+    Of gate and up, 16 rows each make a panel.
+    """
+    T = k.T
     weights = [k.pointer(memory_dtype(fmt)) for _ in range(2 if kind else 1)]
     scales = [k.pointer("float16") for _ in weights]
     values, room, room_bytes = k.pointer("uint16"), k.pointer("uint32"), k.integer()
     y, y_stride, addend = k.pointer("float32"), k.integer(), k.pointer("float32")
-    tokens, features, columns, size = (k.integer() for _ in range(4))
+    tokens, features, columns, size, row_parts = (k.integer() for _ in range(5))
     amx.configure(k)
-    own = room.at(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
-    panel_size = k.let(columns * (TILE_ROWS // 2))
-    panels = [own.at(i * panel_size) for i in range(len(weights))]
-    behind = own.at(len(weights) * panel_size).as_dtype("float32")
-    sums = [behind.at(k.T.int32(i * amx.SUMS_BYTES // 4)) for i in range(len(weights))]
-    with k.share(k.div(features + (TILE_ROWS - 1), TILE_ROWS)) as tile:
+    panel = room.at(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
+    blocks = k.div(columns, BLOCK)
+    slices = k.div(columns + (amx.SLICE - 1), amx.SLICE)
+    most = k.let(k.div(blocks + slices - 1, slices))
+    all_sums = panel.at(most * (BLOCK * TILE_ROWS // 2)).as_dtype("float32")
+    groups = k.div(tokens + (amx.GROUP_ROWS - 1), amx.GROUP_ROWS)
+    column_part, column_parts = k.div(k.worker, row_parts), k.div(k.workers, row_parts)
+    with k.share(k.div(features + (TILE_ROWS - 1), TILE_ROWS), column_part, column_parts) as tile:
         start = k.let(k.wide(tile) * k.wide(size))
-        for w, h, panel in zip(weights, scales, panels, strict=True):
-            part = w.at(k.div(start, k.T.int64(2 if fmt == "BF16" else 1)))
-            amx.unpack(k, fmt, part, h.at(k.div(start, k.T.int64(2))), columns, panel)
-        with k.loop(0, k.div(tokens + (amx.GROUP_ROWS - 1), amx.GROUP_ROWS)) as group:
-            first = k.let(group * amx.GROUP_ROWS)
-            for panel, found in zip(panels, sums, strict=True):
-                amx.multiply(k, values, first, columns, panel, found)
-            with k.loop(0, k.T.min(amx.GROUP_ROWS, tokens - first)) as r:
-                pair = [sums[0].load(r * TILE_ROWS + 16 * half) for half in range(2)]
-                if kind:
-                    other = [sums[1].load(r * TILE_ROWS + 16 * half) for half in range(2)]
-                    pair = [k.let(activate(k, kind, g) * u) for g, u in zip(pair, other, strict=True)]
-                out = y.at(k.wide(first + r) * k.wide(y_stride))
-                _store(k, pair, out, addend, tile * TILE_ROWS, features, add, bias)
+        tiles = [
+            (w.at(k.div(start, T.int64(2 if fmt == "BF16" else 1))), h.at(k.div(start, T.int64(2))))
+            for w, h in zip(weights, scales, strict=True)
+        ]
+        for half in range(2 if kind else 1):
+            pair = [amx.Half(*tiles[0], half), amx.Half(*tiles[-1], half if kind else 1)]
+            with k.loop(0, slices) as part:
+                first = k.let(part * most)
+                count = k.let(T.min(most, blocks - first))
+                amx.unpack(k, fmt, pair, first, count, panel)
+
+                def place_of(group: Expr) -> Memory:
+                    """Two take turns, unless all have to wait for the next slice."""
+                    number = T.Select(slices > 1, group, k.mod(group, 2))
+                    return all_sums.at(k.let(number * (amx.SUMS_BYTES // 4)))
+
+                def end(group: Expr, start: Expr, stop: Expr, half: int = half, tile: Expr = tile) -> None:
+                    """Store rows start .. stop - 1 of a group."""
+                    sums, row = place_of(group), k.let(group * amx.GROUP_ROWS)
+                    with k.loop(start, T.min(stop, tokens - row)) as r:
+                        found = amx.sums_of(k, sums, r)
+                        if kind:
+                            found = [k.let(activate(k, kind, found[0]) * found[1])]
+                        out = y.at(k.wide(row + r) * k.wide(y_stride))
+                        _store(k, found, out, addend, tile * TILE_ROWS + 16 * half, features, add, bias)
+
+                # The rows of a group are stored while the next is multiplied.
+                before = k.local("int32", T.int32(-1))
+                with k.share(groups, k.mod(k.worker, row_parts), row_parts) as group:
+                    due = k.let(T.Select(T.And(part == slices - 1, before.get() >= 0), amx.GROUP_ROWS, 0))
+
+                    def store_some(b: Expr, before: Local = before, due: Expr = due, count: Expr = count) -> None:
+                        end(before.get(), k.div(due * b, count), k.div(due * (b + 1), count))
+
+                    amx.multiply(k, values, group, columns, first, count, panel, place_of(group), part == 0, store_some)
+                    before.set(group)
+                with k.when(T.And(part == slices - 1, before.get() >= 0)):
+                    end(before.get(), T.int32(0), T.int32(amx.GROUP_ROWS))
     amx.release(k)
 
 
@@ -530,7 +560,7 @@ def _bind_bf16(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     names = ("w_gate", "w_up") if call.attrs.get("kind") else ("w",)
     # Rows behind the last are multiplied too, whatever they hold, and not stored.
     values = backend.scratch("bf16", amx.padded(x.shape[0]) * columns * 2)
-    own = amx.panel_bytes(columns, len(names))
+    own = amx.panel_bytes(columns, x.shape[0])
     room = backend.scratch("panels", own * backend.threads)
     weights = [call.tensors[name].buffer.address for name in names]
     numbers = (float(call.attrs.get("eps", 0.0)), float(call.attrs.get("weight_offset", 0.0)))
@@ -541,7 +571,8 @@ def _bind_bf16(backend: TVMBackend, call: BoundCall) -> list[Launch]:
         ),
         backend.launch(
             product, *weights, *weights, values.address, room.address, own, *place(y), address(bias) if bias else 0,
-            x.shape[0], n, columns, tile_bytes(fmt, columns), held=(call, values, room),
+            x.shape[0], n, columns, tile_bytes(fmt, columns), amx.row_parts(x.shape[0], backend.threads),
+            held=(call, values, room),
         ),
     ]  # fmt: skip
 

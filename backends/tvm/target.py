@@ -41,13 +41,20 @@ class HostTarget:
 _AVX2 = {"avx2", "fma", "f16c", "bmi2"}
 _AVX512 = _AVX2 | {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd", "avx512_vnni"}
 
+_WHOLE = ("-prefer-256-bit",)  # else LLVM moves vectors of these CPUs in halves
+
 # Best first, per machine. LLVM's icelake-server also has VBMI and more, which no kernel here asks for by name, so the
 # level is cascadelake: all of avx512vnni and nothing else.
 LEVELS = (
     HostTarget(
-        "amx", "sapphirerapids", VNNI512, frozenset(_AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}), amx=True
+        "amx",
+        "sapphirerapids",
+        VNNI512,
+        frozenset(_AVX512 | {"avx512_bf16", "amx_tile", "amx_bf16"}),
+        features=_WHOLE,
+        amx=True,
     ),
-    HostTarget("avx512vnni", "cascadelake", VNNI512, frozenset(_AVX512)),
+    HostTarget("avx512vnni", "cascadelake", VNNI512, frozenset(_AVX512), features=_WHOLE),
     HostTarget("avxvnni", "alderlake", VNNI256, frozenset(_AVX2 | {"avx_vnni"})),
     HostTarget("avx2", "haswell", MADDUBS, frozenset(_AVX2)),
     HostTarget("sse2", "x86-64", PLAIN, frozenset({"sse2"})),
