@@ -11,14 +11,13 @@ Otherwise this is attention.py with its letters and its tiles of tokens.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from . import amx
 from .attention import Problem, clear, each_run, keys_seen, load_keys, load_run, raise_top, store_run
 from .emit import LANES
-from .pointwise import by_lane
+from .pointwise import LOG2E, by_lane
 
 if TYPE_CHECKING:
     from .attention import Run
@@ -28,7 +27,6 @@ TILE_ROWS = 192  # rows of a tile of tokens, if there are enough: turning keys a
 ROWS = amx.GROUP_ROWS
 KEYS = 64  # whose scores are held at once
 WORDS = 256  # words (uint32) of a tile: 16 rows of 16 pairs
-LOG2E = math.log2(math.e)
 ROUNDINGS = 160  # of float32, as much as the products left out of a score and of a sum of values
 
 
@@ -245,8 +243,8 @@ def _weigh(
     while len(tops) > 1:  # of NaN or not: with a score that is NaN all of the row is
         tops = [k.larger(a, b) for a, b in zip(tops[0::2], tops[1::2], strict=True)]
     found = k.max_lanes(tops[0], k.larger)
-    base = raise_top(k, found, row + r, at.largest, at.totals, at.sums, 2 * pairs, k.exp2_falling)
-    weights = [k.exp2_falling(k.let(score - k.splat(base))) for score in scores]
+    base = raise_top(k, found, row + r, at.largest, at.totals, at.sums, 2 * pairs, k.exp2)
+    weights = [k.exp2(k.let(score - k.splat(base))) for score in scores]
     total = at.totals.load((row + r) * 16)
     for weight in weights:
         total = k.let(total + weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from . import TVMBackend
     from .emit import Emitter, Expr
 
+LOG2E = math.log2(math.e)
 # Columns of a share: long enough to be worth a loop of its own, short enough that one row has some for each thread.
 PART = 256
 
@@ -20,7 +22,11 @@ PART = 256
 def activate(k: Emitter, kind: str, g: Expr) -> Expr:
     """The activation of GLU on float32x16."""
     if kind == "silu":
-        return k.let(g / (k.splat(1.0) + k.exp(k.let(k.splat(0.0) - g))))
+        T, most = k.T, k.splat(126.0)
+        power = k.let(g * k.splat(-LOG2E))
+        share = k.reciprocal(k.let(k.splat(1.0) + k.exp2(k.let(T.Select(power > most, most, power)))))
+        # Beyond, the product is below the error bound's 1e-30; and -infinity times 0 is NaN, as it should be.
+        return k.let(g * k.let(T.Select(power > most, k.splat(0.0), share)))
     if kind == "gelu_tanh":
         inner = k.let(k.splat(0.7978845608028654) * g * k.fma(k.let(k.splat(0.044715) * g), g, k.splat(1.0)))
         return k.let(k.splat(0.5) * g * (k.splat(1.0) + by_lane(k, "tanhf", inner)))
