@@ -27,6 +27,7 @@ GROUP_ROWS = 32  # rows of x at a time: two tiles, by two tiles of weights: four
 # ordinary loads 1110, with whole rows of 1536 columns 860.
 SLICE = 576
 PART_ROWS = 192
+AHEAD = 12288
 SUMS_BYTES = GROUP_ROWS * TILE_ROWS * 4
 
 
@@ -87,6 +88,11 @@ def unpack(k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Ex
     row n of the half.
     """
     with k.loop(0, blocks) as b:
+        for half in halves[: 1 if halves[0].w is halves[1].w else 2]:
+            block_bytes = layout_of(fmt).super_bytes if fmt in LAYOUTS else 2 * BLOCK * TILE_ROWS
+            element = 1 if fmt in LAYOUTS else 2
+            for line in range(0, block_bytes, 64):
+                half.w.prefetch(k.let(((first + b) * block_bytes + line + AHEAD) // element))
         for i, half in enumerate(halves):
             place = k.let((2 * b + i) * 256)
             for p, word in enumerate(_words(k, fmt, half, k.let(first + b))):
