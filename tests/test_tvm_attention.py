@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from polykern.backends.tvm import attention, provider
+from polykern.backends.tvm.emit import MANY_ROWS as MANY
 from polykern.backends.tvm.target import usable
 from polykern.kernels.attention import ATTENTION
 from polykern.kernels.errors import BackendUnavailable
@@ -32,6 +33,8 @@ CASES = [
     case("tiles-shuffled-window-softcap", (150, FROM), (40, 40), attrs=WINDOW, H=4, D=16, shuffled=True),
     case("tiles-lost", (FROM + 6, FROM), (20, 7), (20, 7), S=8, D=16, lost=True),
     case("tiles-of-one-token", (FROM, FROM), H=100, G=1, D=16),
+    case("tiles-dealt-out", (450, 2 * MANY + 1), (60, 40)),
+    case("tiles-dealt-out-of-one-head", (2 * MANY, 2 * MANY), H=5, G=5, D=40, attrs=WINDOW),
     case("splits-in-groups-of-heads", (70, 1), (9, 3), H=12, G=1, D=80),
 ]
 

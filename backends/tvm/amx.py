@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .emit import LANES
+from .emit import LANES, MANY_ROWS
 from .formats import BLOCK, LAYOUTS, TILE_ROWS, Block, layout_of
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ GROUP_ROWS = 32  # rows of x at a time: two tiles, by two tiles of weights: four
 # second level, and by instructions that ask not to be kept: 1490 G multiply-adds a second of a core's 1710, with
 # ordinary loads 1110, with whole rows of 1536 columns 860.
 SLICE = 576
-PART_ROWS = 192
-AHEAD = 12288
+AHEAD = 12288  # bytes of weights that are asked for while they are unpacked: pages are too short for the CPU to see it
 SUMS_BYTES = GROUP_ROWS * TILE_ROWS * 4
 
 
@@ -45,9 +44,9 @@ def row_parts(rows: int, threads: int) -> int:
     """Among how many parts of the rows threads are divided; those of a part share out the weight.
 
     Where every thread has rows of its own it finds in its second level what it wrote there itself, from op to op, but
-    unpacks all of the weight: worth it from PART_ROWS on.
+    unpacks all of the weight: worth it from MANY_ROWS on.
     """
-    return max(n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or rows >= n * PART_ROWS))
+    return max(n for n in range(1, threads + 1) if threads % n == 0 and (n == 1 or rows >= n * MANY_ROWS))
 
 
 def to_bf16(k: Emitter, value: Expr) -> Expr:
@@ -88,11 +87,10 @@ def unpack(k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Ex
     row n of the half.
     """
     with k.loop(0, blocks) as b:
-        for half in halves[: 1 if halves[0].w is halves[1].w else 2]:
-            block_bytes = layout_of(fmt).super_bytes if fmt in LAYOUTS else 2 * BLOCK * TILE_ROWS
-            element = 1 if fmt in LAYOUTS else 2
-            for line in range(0, block_bytes, 64):
-                half.w.prefetch(k.let(((first + b) * block_bytes + line + AHEAD) // element))
+        for half in halves if halves[0].w is not halves[1].w else halves[:1]:
+            nbytes, element = (layout_of(fmt).super_bytes, 1) if fmt in LAYOUTS else (2 * BLOCK * TILE_ROWS, 2)
+            for line in range(AHEAD, AHEAD + nbytes, 64):
+                half.w.prefetch((first + b) * (nbytes // element) + line // element)
         for i, half in enumerate(halves):
             place = k.let((2 * b + i) * 256)
             for p, word in enumerate(_words(k, fmt, half, k.let(first + b))):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...kernels.op import Numerics, Signature
 from ...kernels.spi import BoundCall
+from .emit import DEALT_ROWS
 from .launch import FUNCTION_ULP, KernelSpec, Launch, OpKernel, address, place, spec
 from .pointwise import by_lane
 
@@ -395,13 +396,11 @@ def each_run(k: Emitter, p: Problem, tile_tokens: Expr, per_head: int) -> Genera
     """The body for each run of a sequence in this worker's tiles of tokens, for each kv head."""
     T = k.T
     tiles = k.div(p.tokens + (tile_tokens - 1), tile_tokens)
-    items = k.let(tiles * p.kv_heads)
-    # Later tokens have more keys: round by round, forwards and backwards, so that each worker gets as much.
-    with k.loop(0, k.div(items + (k.workers - 1), k.workers)) as turn:
-        place = T.Select(k.mod(turn, 2) == 0, k.worker, k.workers - 1 - k.worker)
-        item = k.let(turn * k.workers + place)
-        with k.when(item < items):
-            g, tile = k.mod(item, p.kv_heads), k.let(k.div(item, p.kv_heads) * tile_tokens)
+    # Of few tiles there are not enough, unless each kv head of one is an item by itself.
+    apart = k.let(T.Select(tiles < 2 * k.workers, p.kv_heads, T.int32(1)))
+    with k.dealt(k.let(tiles * apart), T.int32(1)) as item:
+        head, tile = k.mod(item, apart), k.let(k.div(item, apart) * tile_tokens)
+        with k.loop(head, T.Select(apart > 1, head + 1, p.kv_heads)) as g:
             stop = k.let(T.min(tile + tile_tokens, p.tokens))
             with k.loop(tile, stop) as begin:
                 seq = k.let(p.seq_ids[begin])
@@ -656,7 +655,7 @@ def bind(backend: TVMBackend, call: BoundCall) -> list[Launch]:
         most, group, words = TILE_ROWS, ROWS, tile_floats
         if _is_amx(backend, signature):
             most, group, words = attention_amx.TILE_ROWS, attention_amx.ROWS, attention_amx.scratch_words
-        tile = max(1, min(most // per_head, -(-tokens * kv_heads // (4 * backend.threads))))
+        tile = max(1, min(DEALT_ROWS, most // per_head, -(-tokens * kv_heads // (4 * backend.threads))))
         capacity = -(-tile * per_head // group) * group
         lasts = backend.scratch("attention rows", backend.threads * capacity * 4)
         scratch = backend.scratch("attention tiles", backend.threads * words(capacity, head_dim) * 4)

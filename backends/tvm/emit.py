@@ -20,6 +20,9 @@ from .target import VNNI512, HostTarget
 Expr = Any  # a tirx expression
 LANES = 16  # of every vector: what AVX-512 holds; LLVM splits them where registers are shorter
 
+DEALT_ROWS = 64
+MANY_ROWS = 192  # for each worker
+
 _BYTES = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8}
 
 
@@ -150,18 +153,42 @@ class Emitter:
         with self.T.If(condition):
             yield self.T.Then(), self.T.Else()
 
-    def share(self, count: Expr, worker: Expr = None, workers: Expr = None) -> Any:
-        """The loop over this worker's part of `count` items: one consecutive run, so that memory streams.
+    def share(self, count: Expr) -> Any:
+        """The loop over this worker's part of `count` items: one consecutive run, so that memory streams."""
+        count = self.wide(count)
+
+        def part(worker: Expr) -> Expr:
+            return self.let(self.cast(self.div(count * worker, self.wide(self.workers)), "int32"))
+
+        return self.loop(part(self.wide(self.worker)), part(self.wide(self.worker) + self.T.int64(1)))
+
+    @contextmanager
+    def dealt(self, count: Expr, size: Expr, worker: Expr = None, workers: Expr = None) -> Generator[Expr]:
+        """The loop over this worker's part of `count` items, dealt out `size` at a time, forwards and backwards.
 
         `worker` of `workers`: another number than its own, where several share a part.
         """
-        count, worker = self.wide(count), self.wide(self.worker if worker is None else worker)
-        workers = self.wide(self.workers if workers is None else workers)
+        worker, workers = (self.worker if worker is None else worker), (self.workers if workers is None else workers)
+        shares = self.div(count + (size - 1), size)
+        with self.loop(0, self.div(shares + (workers - 1), workers)) as turn:
+            place = self.T.Select(self.mod(turn, 2) == 0, worker, workers - 1 - worker)
+            first = self.let((turn * workers + place) * size)
+            with self.loop(self.T.min(first, count), self.T.min(first + size, count)) as item:
+                yield item
 
-        def bound(number: Expr) -> Expr:
-            return self.let(self.cast(self.div(count * number, workers), "int32"))
+    def rows_at_once(self, rows: Expr) -> Expr:
+        """How many of the rows of a matrix are dealt out together.
 
-        return self.loop(bound(worker), bound(worker + self.T.int64(1)))
+        With many rows DEALT_ROWS, the same in every kernel: a worker finds in its second level what it wrote there
+        itself, and attention, whose later rows cost more, is shared out evenly. Of few each worker has equal parts.
+        """
+        return self.let(
+            self.T.Select(
+                rows >= self.workers * MANY_ROWS,
+                self.T.int32(DEALT_ROWS),
+                self.div(rows + self.workers - 1, self.workers),
+            )
+        )
 
     def copy(self, source: Memory, target: Memory, start: Expr, stop: Expr) -> None:
         """target[start:stop] = source[start:stop], in the dtype of `target`."""

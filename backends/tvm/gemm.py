@@ -16,6 +16,7 @@ from ...kernels.spi import BoundCall
 from ..products import halves_of, weight_of
 from . import amx
 from .dot import dot, is_signed
+from .emit import DEALT_ROWS
 from .formats import (
     BLOCK,
     LEVELS,
@@ -363,7 +364,7 @@ def prepare_bf16(k: Emitter, *, normed: bool) -> None:
     x, x_stride = k.pointer("float32"), k.integer()
     weight, eps, weight_offset = k.pointer("float32"), k.real(), k.real()
     values, tokens, columns = k.pointer("uint16"), k.integer(), k.integer()
-    with k.share(tokens) as t:
+    with k.dealt(tokens, k.rows_at_once(tokens)) as t:
         row, out = x.at(k.wide(t) * k.wide(x_stride)), values.at(amx.place_of(k, t, columns))
         factor = k.splat(inverse_rms(k, row, columns, eps)) if normed else None
         with k.loop(0, k.div(columns, BLOCK)) as b:
@@ -394,8 +395,10 @@ def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None
     most = k.let(k.div(blocks + slices - 1, slices))
     all_sums = panel.at(most * (BLOCK * TILE_ROWS // 2)).as_dtype("float32")
     groups = k.div(tokens + (amx.GROUP_ROWS - 1), amx.GROUP_ROWS)
+    at_once = k.let(T.Select(row_parts > 1, T.int32(DEALT_ROWS // amx.GROUP_ROWS), groups))
     column_part, column_parts = k.div(k.worker, row_parts), k.div(k.workers, row_parts)
-    with k.share(k.div(features + (TILE_ROWS - 1), TILE_ROWS), column_part, column_parts) as tile:
+    tiles_count = k.div(features + (TILE_ROWS - 1), TILE_ROWS)
+    with k.dealt(tiles_count, k.div(tiles_count + column_parts - 1, column_parts), column_part, column_parts) as tile:
         start = k.let(k.wide(tile) * k.wide(size))
         tiles = [
             (w.at(k.div(start, T.int64(2 if fmt == "BF16" else 1))), h.at(k.div(start, T.int64(2))))
@@ -425,7 +428,7 @@ def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None
 
                 # The rows of a group are stored while the next is multiplied.
                 before = k.local("int32", T.int32(-1))
-                with k.share(groups, k.mod(k.worker, row_parts), row_parts) as group:
+                with k.dealt(groups, at_once, k.mod(k.worker, row_parts), row_parts) as group:
                     due = k.let(T.Select(T.And(part == slices - 1, before.get() >= 0), amx.GROUP_ROWS, 0))
 
                     def store_some(b: Expr, before: Local = before, due: Expr = due, count: Expr = count) -> None:

@@ -114,7 +114,8 @@ def rope_kv_append(k: Emitter, *, pairing: str, pages: str) -> None:
     q, keys, values, angles, cache = _Heads(k), _Heads(k), _Heads(k), _Angles(k, pairing), _Cache(k, pages)
     tokens, heads, head_dim = k.integer(), k.integer(), cache.head_dim
     each = k.let(heads + cache.kv_heads)
-    with k.share(tokens * each) as item:
+    at_once = k.let(k.T.Select(tokens > 1, k.rows_at_once(tokens) * each, k.div(each + k.workers - 1, k.workers)))
+    with k.dealt(k.let(tokens * each), at_once) as item:
         t, h = k.div(item, each), k.mod(item, each)
         position = k.let(cache.positions[t])
         is_rotated = k.let(k.all(position >= 0, position < angles.length))
