@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from .attention import Run
     from .emit import Emitter, Expr, Memory
 
-TILE_ROWS = 256  # rows of a tile of tokens, if there are enough: turning keys and values into tiles is a tenth then
+TILE_ROWS = 512  # rows of a tile of tokens, if there are enough: turning keys and values into tiles is a tenth then
 ROWS = amx.GROUP_ROWS
 KEYS = 64  # whose scores are held at once
 WORDS = 256  # words (uint32) of a tile: 16 rows of 16 pairs

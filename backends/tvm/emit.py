@@ -20,7 +20,7 @@ from .target import VNNI512, HostTarget
 Expr = Any  # a tirx expression
 LANES = 16  # of every vector: what AVX-512 holds; LLVM splits them where registers are shorter
 
-DEALT_ROWS = 64
+DEALT_ROWS = 128
 MANY_ROWS = 192  # for each worker
 
 _BYTES = {"int8": 1, "uint8": 1, "float16": 2, "uint16": 2, "int32": 4, "uint32": 4, "float32": 4, "int64": 8}
