@@ -1,7 +1,7 @@
 """gemm for many rows on AMX: weights and activations as bfloat16, sums in float32 (Sapphire Rapids and later).
 
-A tile instruction multiplies 16 rows of x by 16 rows of the weight over 32 columns. A thread unpacks 32 rows of its
-weight once into a panel in its own cache, and runs all of x past it. bfloat16 rather than AMX's int8, because integer
+A tile instruction multiplies 16 rows of x by 16 rows of the weight over 32 columns. A thread unpacks some panels of its
+weight, 32 rows each, into its own cache, and runs all of its rows of x past them. bfloat16 rather than AMX's int8, because integer
 sums would have to leave the tiles after every block of 32 for its scale: 48 vector instructions for 16 cycles of tiles.
 
 Only formats whose numbers are d * q + m: those with two levels of scales have more bits than bfloat16 keeps.
@@ -22,11 +22,15 @@ if TYPE_CHECKING:
 FORMATS = (*(name for name, layout in LAYOUTS.items() if layout.blocks == 1), "BF16")
 LEAST_ROWS = 16  # one tile; with fewer rows most of it would be padding
 GROUP_ROWS = 32  # rows of x at a time: two tiles, by two tiles of weights: four sums of 16 x 16, all 8 tiles in use
-# Columns at a time, whose panel stays in the first level (36 of 48 KiB) while x goes past it. x then comes from the
-# second level, and by instructions that ask not to be kept: 1490 G multiply-adds a second of a core's 1710, with
+# Columns at a time: 32 rows of x then stay in the first level (36 of 48 KiB) while PANELS panels of weights go past
+# them out of the second, by instructions that ask not to be kept: 1490 G multiply-adds a second of a core's 1710, with
 # ordinary loads 1110, with whole rows of 1536 columns 860.
 SLICE = 576
-AHEAD = 12288  # bytes of weights that are asked for while they are unpacked: pages are too short for the CPU to see it
+# Panels that are ready at a time: x comes from further away once for all of them, and a row of y, which lies in a page
+# of its own, is written for all of them at a time.
+PANELS = 8
+# Bytes of weights asked for ahead of those that are unpacked: pages are too short for the CPU to see where reading goes.
+AHEAD = 12288
 SUMS_BYTES = GROUP_ROWS * TILE_ROWS * 4
 
 
@@ -34,10 +38,10 @@ def padded(rows: int) -> int:
     return -(-rows // GROUP_ROWS) * GROUP_ROWS
 
 
-def panel_bytes(columns: int, rows: int) -> int:
-    """Scratch of one thread: a panel, and the sums of each group of rows while slices of columns go by."""
-    groups = padded(rows) // GROUP_ROWS if columns > SLICE else 2
-    return min(columns, SLICE) * 2 * TILE_ROWS + groups * SUMS_BYTES
+def room_bytes(columns: int, rows: int) -> int:
+    """Scratch of one thread: panels, and the sums of each group of rows while slices of columns go by."""
+    sums = padded(rows) // GROUP_ROWS * PANELS if columns > SLICE else 2
+    return PANELS * min(columns, SLICE) * 2 * TILE_ROWS + sums * SUMS_BYTES
 
 
 def row_parts(rows: int, threads: int) -> int:
@@ -80,11 +84,22 @@ def call(k: Emitter, name: str, *arguments: Expr) -> None:
     k.T.evaluate(k.T.call_llvm_intrin("void", f"llvm.x86.{name}", *arguments))
 
 
-def unpack(k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Expr, panel: Memory) -> None:
+@dataclass(frozen=True)
+class Half:
+    """16 rows of a weight: a half, 0 or 1, of a tile whose memory is `w`, as float16 `heads`."""
+
+    w: Memory
+    heads: Memory
+    half: Expr
+
+
+def unpack(
+    k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Expr, panel: Memory, place: Expr
+) -> None:  # fmt: skip
     """Blocks first .. first + blocks - 1 of two halves of tiles of weights as bfloat16.
 
-    panel (uint32): for each 32 columns and each half 16 rows of 64 bytes; row p, lane n holds columns 2p and 2p + 1 of
-    row n of the half.
+    panel (uint32), from `place` on: for each 32 columns and each half 16 rows of 64 bytes; row p, lane n holds columns
+    2p and 2p + 1 of row n of the half.
     """
     with k.loop(0, blocks) as b:
         for half in halves if halves[0].w is not halves[1].w else halves[:1]:
@@ -92,18 +107,9 @@ def unpack(k: Emitter, fmt: str, halves: Sequence[Half], first: Expr, blocks: Ex
             for line in range(AHEAD, AHEAD + nbytes, 64):
                 half.w.prefetch((first + b) * (nbytes // element) + line // element)
         for i, half in enumerate(halves):
-            place = k.let((2 * b + i) * 256)
+            start = k.let(place + (2 * b + i) * 256)
             for p, word in enumerate(_words(k, fmt, half, k.let(first + b))):
-                panel.store(place + 16 * p, word)
-
-
-@dataclass(frozen=True)
-class Half:
-    """16 rows of a weight: a half, 0 or 1, of a tile whose memory is `w`, as float16 `heads`."""
-
-    w: Memory
-    heads: Memory
-    half: int
+                panel.store(start + 16 * p, word)
 
 
 def _words(k: Emitter, fmt: str, source: Half, b: Expr) -> list[Expr]:
@@ -145,37 +151,37 @@ def place_of(k: Emitter, row: Expr, columns: Expr) -> Expr:
 
 
 def multiply(
-    k: Emitter, x: Memory, group: Expr, columns: Expr, first: Expr, blocks: Expr, panel: Memory, sums: Memory,
-    is_first: Expr, meanwhile: Callable[[Expr], None],
+    k: Emitter, x: Memory, group: Expr, columns: Expr, first: Expr, blocks: Expr, panel: Memory, place: Expr,
+    sums: Memory, is_first: Expr, meanwhile: Callable[[Expr], None],
 ) -> None:  # fmt: skip
     """sums [4, 16, 16] (rows of x, rows of the weight) of blocks first .. first + blocks - 1 of 32 rows of x (uint16,
-    see `place_of`) times a panel; added to what is there unless `is_first`.
+    see `place_of`) times the panel at `place`; added to what is there unless `is_first`.
 
     `meanwhile` gets the number of each block, counted from 0: what vector instructions do there takes no time, while
     tile instructions, 16 cycles each, are under way.
     """
     T = k.T
-    places = [T.address_of(sums[256 * tile]) for tile in range(4)]
+    sums_at = [T.address_of(sums[256 * tile]) for tile in range(4)]
     line = T.int64(64)
     with k.branches(is_first) as (begins, goes_on):
         with begins:
             for tile in range(4):
                 call(k, "tilezero", T.int8(tile))
         with goes_on:
-            for tile, place in enumerate(places):
-                call(k, "tileloadd64", T.int8(tile), place, line)
+            for tile, at in enumerate(sums_at):
+                call(k, "tileloadd64", T.int8(tile), at, line)
     start = k.let(k.wide(first) * T.int64(16 * BLOCK))
     rows = [x.at(k.wide(group * 2 + i) * k.wide(columns * 16) + start) for i in range(2)]
     with k.loop(0, blocks) as b:
         for half in range(2):
-            call(k, "tileloadd64", T.int8(6 + half), T.address_of(panel[(2 * b + half) * 256]), line)
+            call(k, "tileloaddt164", T.int8(6 + half), T.address_of(panel[place + (2 * b + half) * 256]), line)
         for i, row in enumerate(rows):
-            call(k, "tileloaddt164", T.int8(4 + i), T.address_of(row[b * 512]), line)
+            call(k, "tileloadd64", T.int8(4 + i), T.address_of(row[b * 512]), line)
             for half in range(2):
                 call(k, "tdpbf16ps", T.int8(2 * i + half), T.int8(4 + i), T.int8(6 + half))
         meanwhile(b)
-    for tile, place in enumerate(places):
-        call(k, "tilestored64", T.int8(tile), place, line)
+    for tile, at in enumerate(sums_at):
+        call(k, "tilestored64", T.int8(tile), at, line)
 
 
 def sums_of(k: Emitter, sums: Memory, row: Expr) -> list[Expr]:

@@ -155,12 +155,16 @@ class Emitter:
 
     def share(self, count: Expr) -> Any:
         """The loop over this worker's part of `count` items: one consecutive run, so that memory streams."""
-        count = self.wide(count)
+        return self.loop(*self.part(count, self.worker, self.workers))
 
-        def part(worker: Expr) -> Expr:
-            return self.let(self.cast(self.div(count * worker, self.wide(self.workers)), "int32"))
+    def part(self, count: Expr, number: Expr, parts: Expr) -> tuple[Expr, Expr]:
+        """Where part `number` of `parts` of `count` items begins and ends."""
+        count, parts, number = self.wide(count), self.wide(parts), self.wide(number)
 
-        return self.loop(part(self.wide(self.worker)), part(self.wide(self.worker) + self.T.int64(1)))
+        def bound(number: Expr) -> Expr:
+            return self.let(self.cast(self.div(count * number, parts), "int32"))
+
+        return bound(number), bound(number + self.T.int64(1))
 
     @contextmanager
     def dealt(self, count: Expr, size: Expr, worker: Expr = None, workers: Expr = None) -> Generator[Expr]:

@@ -195,8 +195,8 @@ def _fifth_bits(bits: Array) -> Array:
 class Block:
     """A block of one half of a tile, as a kernel reads it. `w` is the weight's memory as int8 and as float16."""
 
-    def __init__(self, k: Emitter, fmt: str, w: Memory, halves: Memory, start: Expr, number: Expr, half: int) -> None:
-        """`start`: byte of the super-block in `w`, `number`: block in it, both int32 expressions."""
+    def __init__(self, k: Emitter, fmt: str, w: Memory, halves: Memory, start: Expr, number: Expr, half: Expr) -> None:
+        """`start`: byte of the super-block in `w`, `number`: block in it, `half`: 0 or 1; int32 expressions."""
         layout = LAYOUTS[fmt]
         self.k, self.layout, self.w, self.half = k, layout, w, half
         self._heads, self._start = halves, start

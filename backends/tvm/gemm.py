@@ -7,7 +7,7 @@ thread has a run of tiles, and every load of weights serves up to ROWS rows of x
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from ...kernels.op import Numerics, Signature
@@ -33,7 +33,7 @@ from .target import VNNI512
 
 if TYPE_CHECKING:
     from . import TVMBackend
-    from .emit import Emitter, Expr, Local, Memory
+    from .emit import Emitter, Expr, Memory
 
 # Rows of x per load of weights: 6 rows x 2 halves are 12 sums of integers and 12 of floats in AVX-512's 32 registers.
 # Where 16 lanes take two registers or four there is room for 2; with 6, LLVM 22 needed 23 GB for NEON's sdot.
@@ -378,9 +378,8 @@ def prepare_bf16(k: Emitter, *, normed: bool) -> None:
 
 
 def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None:
-    """`gemm` on AMX tiles: 32 rows of the weight are unpacked once, then all rows of x go past them, 32 at a time.
-
-    Of gate and up, 16 rows each make a panel.
+    """`gemm` on AMX tiles. A panel is 32 rows of the weight, of gate and up 16 each, or a slice of their columns. Some
+    panels are unpacked, then all rows of x go past them, 32 at a time, while the rows before are stored.
     """
     T = k.T
     weights = [k.pointer(memory_dtype(fmt)) for _ in range(2 if kind else 1)]
@@ -389,55 +388,73 @@ def gemm_bf16(k: Emitter, *, fmt: str, kind: str, add: bool, bias: bool) -> None
     y, y_stride, addend = k.pointer("float32"), k.integer(), k.pointer("float32")
     tokens, features, columns, size, row_parts = (k.integer() for _ in range(5))
     amx.configure(k)
-    panel = room.at(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
+    room = room.at(k.wide(k.worker) * k.wide(k.div(room_bytes, 4)))
     blocks = k.div(columns, BLOCK)
     slices = k.div(columns + (amx.SLICE - 1), amx.SLICE)
     most = k.let(k.div(blocks + slices - 1, slices))
-    all_sums = panel.at(most * (BLOCK * TILE_ROWS // 2)).as_dtype("float32")
+    panel_size = k.let(most * (BLOCK * TILE_ROWS // 2))
+    all_sums = room.at(amx.PANELS * panel_size).as_dtype("float32")
     groups = k.div(tokens + (amx.GROUP_ROWS - 1), amx.GROUP_ROWS)
     at_once = k.let(T.Select(row_parts > 1, T.int32(DEALT_ROWS // amx.GROUP_ROWS), groups))
-    column_part, column_parts = k.div(k.worker, row_parts), k.div(k.workers, row_parts)
-    tiles_count = k.div(features + (TILE_ROWS - 1), TILE_ROWS)
-    with k.dealt(tiles_count, k.div(tiles_count + column_parts - 1, column_parts), column_part, column_parts) as tile:
-        start = k.let(k.wide(tile) * k.wide(size))
-        tiles = [
-            (w.at(k.div(start, T.int64(2 if fmt == "BF16" else 1))), h.at(k.div(start, T.int64(2))))
-            for w, h in zip(weights, scales, strict=True)
-        ]
-        for half in range(2 if kind else 1):
-            pair = [amx.Half(*tiles[0], half), amx.Half(*tiles[-1], half if kind else 1)]
-            with k.loop(0, slices) as part:
-                first = k.let(part * most)
-                count = k.let(T.min(most, blocks - first))
-                amx.unpack(k, fmt, pair, first, count, panel)
+    halves = 2 if kind else 1  # panels of a tile
 
-                def place_of(group: Expr) -> Memory:
-                    """Two take turns, unless all have to wait for the next slice."""
-                    number = T.Select(slices > 1, group, k.mod(group, 2))
-                    return all_sums.at(k.let(number * (amx.SUMS_BYTES // 4)))
+    row_part, column_part, column_parts = (
+        k.mod(k.worker, row_parts), k.div(k.worker, row_parts), k.div(k.workers, row_parts)
+    )  # fmt: skip
+    begin, end = k.part(k.div(features + (TILE_ROWS - 1), TILE_ROWS), column_part, column_parts)
+    with k.loop(0, k.div((end - begin) * halves + (amx.PANELS - 1), amx.PANELS)) as number:
+        tile = k.let(begin + number * (amx.PANELS // halves))
+        panels = k.let(T.min((end - tile) * halves, amx.PANELS))
+        with k.loop(0, slices) as part:
+            first = k.let(part * most)
+            count = k.let(T.min(most, blocks - first))
+            with k.loop(0, panels) as panel:
+                start = k.let(k.wide(tile + k.div(panel, halves)) * k.wide(size))
+                tiles = [
+                    (w.at(k.div(start, T.int64(2 if fmt == "BF16" else 1))), h.at(k.div(start, T.int64(2))))
+                    for w, h in zip(weights, scales, strict=True)
+                ]
+                sides = [k.mod(panel, 2)] * 2 if kind else [0, 1]
+                pair = [amx.Half(*tiles[0], sides[0]), amx.Half(*tiles[-1], sides[1])]
+                amx.unpack(k, fmt, pair, first, count, room, k.let(panel * panel_size))
 
-                def end(group: Expr, start: Expr, stop: Expr, half: int = half, tile: Expr = tile) -> None:
-                    """Store rows start .. stop - 1 of a group."""
-                    sums, row = place_of(group), k.let(group * amx.GROUP_ROWS)
-                    with k.loop(start, T.min(stop, tokens - row)) as r:
-                        found = amx.sums_of(k, sums, r)
-                        if kind:
-                            found = [k.let(activate(k, kind, found[0]) * found[1])]
-                        out = y.at(k.wide(row + r) * k.wide(y_stride))
-                        _store(k, found, out, addend, tile * TILE_ROWS + 16 * half, features, add, bias)
+            def store(
+                group: Expr, panel: Expr, place: Expr, start: Expr, stop: Expr, tile: Expr = tile
+            ) -> None:  # fmt: skip
+                """Rows start .. stop - 1 of a group, whose sums are at `place`."""
+                sums, row = all_sums.at(place), k.let(group * amx.GROUP_ROWS)
+                feature = k.let(tile * TILE_ROWS + panel * (TILE_ROWS // halves))
+                with k.loop(start, T.min(stop, tokens - row)) as r:
+                    found = amx.sums_of(k, sums, r)
+                    if kind:
+                        found = [k.let(activate(k, kind, found[0]) * found[1])]
+                    out = y.at(k.wide(row + r) * k.wide(y_stride))
+                    _store(k, found, out, addend, feature, features, add, bias)
 
-                # The rows of a group are stored while the next is multiplied.
-                before = k.local("int32", T.int32(-1))
-                with k.dealt(groups, at_once, k.mod(k.worker, row_parts), row_parts) as group:
-                    due = k.let(T.Select(T.And(part == slices - 1, before.get() >= 0), amx.GROUP_ROWS, 0))
+            before, before_panel, before_sums = (k.local("int32", T.int32(n)) for n in (-1, 0, 0))
+            ending = k.let(k.cast(part == slices - 1, "int32") * amx.GROUP_ROWS)
+            with k.dealt(groups, at_once, row_part, row_parts) as group, k.loop(0, panels) as panel:
+                due = k.let(T.Select(before.get() >= 0, ending, 0))
+                held = [before.get(), before_panel.get(), before_sums.get()]
 
-                    def store_some(b: Expr, before: Local = before, due: Expr = due, count: Expr = count) -> None:
-                        end(before.get(), k.div(due * b, count), k.div(due * (b + 1), count))
+                def store_some(
+                    b: Expr, held: list[Expr] = held, due: Expr = due, count: Expr = count,
+                    store: Callable[..., None] = store,
+                ) -> None:  # fmt: skip
+                    store(*held, k.div(due * b, count), k.div(due * (b + 1), count))
 
-                    amx.multiply(k, values, group, columns, first, count, panel, place_of(group), part == 0, store_some)
-                    before.set(group)
-                with k.when(T.And(part == slices - 1, before.get() >= 0)):
-                    end(before.get(), T.int32(0), T.int32(amx.GROUP_ROWS))
+                # Two take turns, unless all have to wait for the next slice.
+                own = T.Select(slices > 1, group * amx.PANELS + panel, T.Select(held[2] > 0, 0, 1))
+                own = k.let(own * (amx.SUMS_BYTES // 4))
+                place = k.let(panel * panel_size)
+                amx.multiply(
+                    k, values, group, columns, first, count, room, place, all_sums.at(own), part == 0, store_some
+                )
+                before.set(group)
+                before_panel.set(panel)
+                before_sums.set(own)
+            with k.when(before.get() >= 0):
+                store(before.get(), before_panel.get(), before_sums.get(), T.int32(0), ending)
     amx.release(k)
 
 
@@ -563,7 +580,7 @@ def _bind_bf16(backend: TVMBackend, call: BoundCall) -> list[Launch]:
     names = ("w_gate", "w_up") if call.attrs.get("kind") else ("w",)
     # Rows behind the last are multiplied too, whatever they hold, and not stored.
     values = backend.scratch("bf16", amx.padded(x.shape[0]) * columns * 2)
-    own = amx.panel_bytes(columns, x.shape[0])
+    own = amx.room_bytes(columns, x.shape[0])
     room = backend.scratch("panels", own * backend.threads)
     weights = [call.tensors[name].buffer.address for name in names]
     numbers = (float(call.attrs.get("eps", 0.0)), float(call.attrs.get("weight_offset", 0.0)))
