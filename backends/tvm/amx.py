@@ -1,8 +1,9 @@
 """gemm for many rows on AMX: weights and activations as bfloat16, sums in float32 (Sapphire Rapids and later).
 
 A tile instruction multiplies 16 rows of x by 16 rows of the weight over 32 columns. A thread unpacks some panels of its
-weight, 32 rows each, into its own cache, and runs all of its rows of x past them. bfloat16 rather than AMX's int8, because integer
-sums would have to leave the tiles after every block of 32 for its scale: 48 vector instructions for 16 cycles of tiles.
+weight, 32 rows each, into its own cache, and runs all of its rows of x past them. bfloat16 rather than AMX's int8,
+because integer sums would have to leave the tiles after every block of 32 for its scale: 48 vector instructions for 16
+cycles of tiles.
 
 Only formats whose numbers are d * q + m: those with two levels of scales have more bits than bfloat16 keeps.
 """
@@ -29,7 +30,7 @@ SLICE = 576
 # Panels that are ready at a time: x comes from further away once for all of them, and a row of y, which lies in a page
 # of its own, is written for all of them at a time.
 PANELS = 8
-# Bytes of weights asked for ahead of those that are unpacked: pages are too short for the CPU to see where reading goes.
+# Bytes of weights asked for ahead of those that are unpacked; the CPU's own reading ahead stops at each page of 4 KiB.
 AHEAD = 12288
 SUMS_BYTES = GROUP_ROWS * TILE_ROWS * 4
 
