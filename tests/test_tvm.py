@@ -64,6 +64,24 @@ def test_every_level_that_this_cpu_has_is_right(level: str) -> None:
     backend.close()
 
 
+@pytest.mark.skipif(target.usable()[0].machine != "x86_64", reason="the levels of x86 on x86")
+def test_a_cpu_by_llvms_name() -> None:
+    names = [level.name for level in target.usable()]
+    for cpu, level in (("znver4", "avx512vnni"), ("haswell", "avx2"), ("x86-64", "sse2"), ("native", names[0])):
+        if level in names:
+            assert open_backend("tvm", device=f"llvm -mcpu={cpu}").device.name.startswith(f"llvm {level} / ")
+    with pytest.raises(BackendUnavailable, match=r"^llvm -mcpu=neoverse-n1: this CPU, .*, is no aarch64; try "):
+        open_backend("tvm", device="llvm -mcpu=neoverse-n1")
+
+
+def test_llvm_knows_the_cpus_by_name() -> None:
+    tvm = pytest.importorskip("tvm")
+    for machine, level in (("x86_64", "sse2"), ("aarch64", "neon")):
+        known = {cpu for cpu, found in target.LEVEL_OF_CPU.items() if found.machine == target.BY_NAME[level].machine}
+        kind = tvm.target.Target({"kind": "llvm", "mtriple": f"{machine}-unknown-linux-gnu"})
+        assert known <= set(tvm.target.codegen.llvm_get_cpu_archlist(kind)), machine
+
+
 @pytest.mark.parametrize(
     ("device", "text"),
     [

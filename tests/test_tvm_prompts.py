@@ -60,6 +60,18 @@ def test_gate_and_up(backend: Any, wanted: Case, kind: str) -> None:
     judged(backend, "rms_norm_gemm_glu", Case(wanted.name, wanted.dims, {**wanted.attrs, "kind": kind}))
 
 
+def test_rows_and_weight_shared_out_among_four_threads() -> None:
+    try:
+        opened = provider.open(OpenOptions(device="amx", threads=4))
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
+    wanted = case("Q4_1", 2 * MANY + 5, 123, 64)
+    assert amx.row_parts(wanted.dims["T"], 4) == 2
+    judged(opened, "gemm_add", wanted)
+    opened.close()
+    assert [amx.row_parts(rows, 12) for rows in (1, 2 * MANY - 1, 3 * MANY, 5 * MANY, 12 * MANY)] == [1, 1, 3, 4, 12]
+
+
 def judged(backend: Any, op: str, wanted: Case) -> None:
     trial = Trial.ask(backend, OPS[op], wanted)
     assert isinstance(trial.answer, Kernel)

@@ -25,7 +25,7 @@ from .compiler import CACHE, Compiler
 from .launch import HostBuffer, KernelSpec, Launches, OpKernel, slots
 from .launch import Launch as KernelLaunch
 from .library import Run
-from .target import BY_NAME, HostTarget, host_flags, host_name, processors, usable
+from .target import BY_NAME, LEVEL_OF_CPU, HostTarget, host_flags, host_name, processors, usable
 
 LONGEST_AXIS = 2**31 - 64  # kernels count in int32, in steps of up to a tile
 ALIGNMENT = 64
@@ -224,15 +224,16 @@ class TVMProvider:
         levels = usable()
         if not levels:
             raise BackendUnavailable(f"no kernels for this CPU, {host_name()}: known are {', '.join(BY_NAME)}")
-        if device is None or device in ("0", "llvm"):
+        if device is None or device in ("0", "llvm", "llvm -mcpu=native"):
             return levels[0]
-        for level in BY_NAME.values():
-            if device in (level.name, f"llvm -mcpu={level.mcpu}", f"llvm -mcpu={level.name}"):
-                if level not in levels:
-                    missing = level.missing(host_flags())
-                    what = f"lacks {', '.join(missing)}" if missing else f"is no {level.machine}"
-                    raise BackendUnavailable(f"{device}: this CPU, {host_name()}, {what}; try {levels[0].name}")
-                return level
+        name = device.removeprefix("llvm -mcpu=")
+        level = BY_NAME.get(name) or LEVEL_OF_CPU.get(name)
+        if level and level not in levels:
+            is_alien = level.machine != levels[0].machine
+            what = f"is no {level.machine}" if is_alien else f"lacks {', '.join(level.missing(host_flags()))}"
+            raise BackendUnavailable(f"{device}: this CPU, {host_name()}, {what}; try {levels[0].name}")
+        if level:
+            return level
         kind = device.strip().lower().partition(" ")[0]
         if kind in ("cuda", "rocm", "metal", "webgpu", "opencl", "vulkan", "c"):
             raise BackendUnavailable(
@@ -242,7 +243,9 @@ class TVMProvider:
         if kind and device.strip().lower() in f"llvm {levels[0].name} / {host_name()}".lower():
             return levels[0]
         known = ", ".join(level.name for level in levels)
-        raise BackendUnavailable(f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}")
+        raise BackendUnavailable(
+            f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}, or LLVM's name of a CPU"
+        )
 
 
 provider = TVMProvider()

@@ -63,6 +63,20 @@ LEVELS = (
 )
 BY_NAME = {level.name: level for level in LEVELS}
 
+# What else `-mcpu=` may say: LLVM's names of CPUs (llvm/lib/Target/X86/X86.td and AArch64/AArch64Processors.td of
+# llvmorg-20.1.0), by the best level that they can run.
+_CPUS = {
+    "amx": "sapphirerapids emeraldrapids graniterapids graniterapids-d diamondrapids",
+    "avx512vnni": "cascadelake cooperlake icelake-client icelake-server rocketlake tigerlake znver4 znver5",
+    "avxvnni": "alderlake raptorlake meteorlake gracemont arrowlake arrowlake-s lunarlake pantherlake sierraforest "
+    "grandridge clearwaterforest",
+    "avx2": "haswell broadwell skylake skylake-avx512 cannonlake x86-64-v3 x86-64-v4 znver1 znver2 znver3",
+    "sse2": "x86-64 x86-64-v2 nehalem westmere sandybridge ivybridge",
+    "neon-dot": "neoverse-n1 neoverse-n2 neoverse-v1 neoverse-v2 neoverse-512tvb cortex-a76 cortex-a78 cortex-x1 ampere1",
+    "neon": "cortex-a53 cortex-a57 cortex-a72 cortex-a73",
+}
+LEVEL_OF_CPU = {cpu: BY_NAME[level] for level, cpus in _CPUS.items() for cpu in cpus.split()}
+
 
 @cache
 def host_flags() -> frozenset[str]:
