@@ -244,7 +244,8 @@ class TVMProvider:
             return levels[0]
         known = ", ".join(level.name for level in levels)
         raise BackendUnavailable(
-            f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}, or LLVM's name of a CPU"
+            f"no device {device!r}: this CPU is `llvm`, or `llvm -mcpu=LEVEL` with one of {known}, or LLVM's name of"
+            " a CPU"
         )
 
 

@@ -72,7 +72,7 @@ _CPUS = {
     "grandridge clearwaterforest",
     "avx2": "haswell broadwell skylake skylake-avx512 cannonlake x86-64-v3 x86-64-v4 znver1 znver2 znver3",
     "sse2": "x86-64 x86-64-v2 nehalem westmere sandybridge ivybridge",
-    "neon-dot": "neoverse-n1 neoverse-n2 neoverse-v1 neoverse-v2 neoverse-512tvb cortex-a76 cortex-a78 cortex-x1 ampere1",
+    "neon-dot": "neoverse-n1 neoverse-n2 neoverse-v1 neoverse-v2 cortex-a76 cortex-a78 cortex-x1 ampere1",
     "neon": "cortex-a53 cortex-a57 cortex-a72 cortex-a73",
 }
 LEVEL_OF_CPU = {cpu: BY_NAME[level] for level, cpus in _CPUS.items() for cpu in cpus.split()}
