@@ -15,7 +15,7 @@ from polykern.backends.compile_process import serve
 
 def build(request):
     if "status" in request:
-        print("out of registers")
+        print("out of registers", flush=True)
         os._exit(request["status"])
     if "wrong" in request:
         raise ValueError(request["wrong"])
