@@ -120,12 +120,11 @@ def _words(k: Emitter, fmt: str, source: Half, b: Expr) -> list[Expr]:
     scales is cleared.
     """
     T = k.T
-    upper, sixteen = k.splat(T.uint32(0xFFFF0000)), k.splat(T.uint32(16))
     if fmt not in LAYOUTS:  # bfloat16 as it is
         columns = [source.w.load((b * BLOCK + c) * TILE_ROWS + LANES * source.half) for c in range(BLOCK)]
         wide = [k.let(k.cast(column, "uint32x16")) for column in columns]
         return [
-            k.let(T.bitwise_or(even, T.shift_left(odd, sixteen)))
+            k.let(T.bitwise_or(even, T.shift_left(odd, k.splat(T.uint32(16)))))
             for even, odd in zip(wide[0::2], wide[1::2], strict=True)
         ]
     layout = layout_of(fmt)
@@ -135,10 +134,7 @@ def _words(k: Emitter, fmt: str, source: Half, b: Expr) -> list[Expr]:
     numbers = [
         k.let(k.bits(number, "uint32x16") + k.splat(T.uint32(0x8000))) for number in block.numbers(scale, minimum)
     ]
-    return [
-        k.let(T.bitwise_or(T.shift_right(even, sixteen), T.bitwise_and(odd, upper)))
-        for even, odd in zip(numbers[0::2], numbers[1::2], strict=True)
-    ]
+    return [k.upper_halves(even, odd) for even, odd in zip(numbers[0::2], numbers[1::2], strict=True)]
 
 
 def _plain_nan(k: Emitter, value: Expr) -> Expr:

@@ -150,10 +150,7 @@ def _split(k: Emitter, low: Expr, high: Expr, is_exact: bool = False) -> list[Ex
         firsts.append(first)
         left = k.let(k.bits(k.let(value - k.bits(first, "float32x16")), "uint32x16"))
         nexts.append(left if is_exact else k.let(left + half))
-    sixteen = k.splat(T.uint32(16))
-    return [
-        k.let(T.bitwise_or(T.shift_right(one, sixteen), T.bitwise_and(other, upper))) for one, other in (firsts, nexts)
-    ]
+    return [k.upper_halves(one, other) for one, other in (firsts, nexts)]
 
 
 def _load_block(k: Emitter, run: Run, start: Expr, high: Expr, at: _Scratch) -> None:
