@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 VENDORS = {"pyopencl", "tvm", "tvm_ffi", "triton", "cupy", "torch"}
@@ -59,3 +62,13 @@ def test_top_level_kernels_is_refused() -> None:
         f"ImportError: {ROOT}/kernels/__init__.py is polykern.kernels, imported here as 'kernels': "
         "run from another directory"
     )
+
+
+def test_tvm_starts_without_torch(tmp_path: Path) -> None:
+    """tvm_ffi imports it where it is installed, which takes longer than all the rest; who wants it gets it later."""
+    pytest.importorskip("tvm", reason="apache-tvm is not installed: pip install 'polykern[tvm]'")
+    code = "from polykern.backends import open_backend; backend = open_backend('tvm', threads=1)"
+    assert "torch" not in modules_after(code, tmp_path)
+    if importlib.util.find_spec("torch"):
+        done = run(f"{code}; import torch; print(torch.ones(5).sum().item())", tmp_path)
+        assert done.stdout == "5.0\n", done.stderr

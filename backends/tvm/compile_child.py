@@ -7,12 +7,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..compile_process import serve
+from .library import without_torch
 from .target import BY_NAME
 
 
 def build(request: Mapping[str, Any]) -> tuple[Mapping[str, Any], bytes]:
     """The object file of a kernel or a driver."""
     from . import driver
+
+    with without_torch():
+        import tvm  # noqa: F401 - here rather than where it is first used
 
     target = BY_NAME[request["target"]]
     if "driver" in request:
