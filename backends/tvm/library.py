@@ -39,8 +39,8 @@ def find_runtime() -> Path:
 
 @contextmanager
 def without_torch() -> Generator[None]:
-    """While TVM is imported, torch is not found: tvm_ffi would import it for DLPack, which nothing here uses, and a start
-    would take 2.0 s, not 0.8."""
+    """While TVM is imported, torch is not found: tvm_ffi would import it for DLPack, which nothing uses here, and a
+    start would take 2.0 s, not 0.8."""
     is_hidden = "torch" not in sys.modules
     if is_hidden:
         sys.modules["torch"] = None  # type: ignore[assignment]
