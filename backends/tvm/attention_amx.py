@@ -6,21 +6,22 @@ values, float16, are two parts exactly. Three products on tiles take a fifth of 
 multiply-adds a second on two cores against 210 G).
 
 Tiles add up columns in pairs. Of 32 these are (c, c + 16), so that two vectors of 16 make a row without a shuffle.
-Otherwise this is attention.py with its letters and its tiles of tokens.
+Otherwise this is attention_tiles.py with its letters and its tiles of tokens.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import amx
-from .attention import Problem, clear, each_run, keys_seen, load_keys, load_run, raise_top, store_run
+from .attention_tiles import each_run, keys_seen, load_keys, load_run, store_run
 from .emit import LANES
 from .pointwise import LOG2E, by_lane
+from .softmax import Problem, clear, raise_top
 
 if TYPE_CHECKING:
-    from .attention import Run
+    from .attention_tiles import Run
     from .emit import Emitter, Expr, Memory
 
 TILE_ROWS = 512  # rows of a tile of tokens, if there are enough: turning keys and values into tiles is a tenth then
@@ -40,7 +41,7 @@ def _block_words(pairs: int) -> int:
     return 4 * KEYS * 32 * pairs + 2 * ROWS * KEYS
 
 
-def scratch_words(rows: int, head_dim: int) -> int:
+def scratch_words(rows: Any, head_dim: int) -> Any:
     """32-bit words of a worker whose tiles have `rows` rows: beside a block of keys queries, sums, totals, largest."""
     return _block_words(pairs_of(head_dim)) + rows * (64 * pairs_of(head_dim) + 17)
 
@@ -77,7 +78,7 @@ def attention_amx(k: Emitter, *, head_dim: int, page_size: int, per_head: int, c
     y, y_stride, tile_tokens, capacity = k.pointer("float32"), k.integer(), k.integer(), k.integer()
     lasts, memory = k.pointer("int32"), k.pointer("uint32")
     lasts = lasts.at(k.worker * capacity)
-    place = k.let(k.wide(k.worker) * k.wide(_block_words(pairs) + capacity * (64 * pairs + 17)))
+    place = k.let(k.wide(k.worker) * k.wide(scratch_words(capacity, head_dim)))
     regions: list[Memory] = []
     sizes = [T.int32(n) for n in (*[KEYS * 32 * pairs] * 4, ROWS * KEYS, ROWS * KEYS)]
     sizes += [capacity * n for n in (32 * pairs, 32 * pairs, 16, 1)]

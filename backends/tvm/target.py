@@ -63,8 +63,8 @@ LEVELS = (
 )
 BY_NAME = {level.name: level for level in LEVELS}
 
-# What else `-mcpu=` may say: LLVM's names of CPUs (llvm/lib/Target/X86/X86.td and AArch64/AArch64Processors.td of
-# llvmorg-20.1.0), by the best level that they can run.
+# What else `-mcpu=` may say: LLVM's names of CPUs (those of the installed LLVM: tests/test_tvm.py), by the best level
+# that they can run.
 _CPUS = {
     "amx": "sapphirerapids emeraldrapids graniterapids graniterapids-d diamondrapids",
     "avx512vnni": "cascadelake cooperlake icelake-client icelake-server rocketlake tigerlake znver4 znver5",
